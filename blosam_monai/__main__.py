@@ -1,0 +1,370 @@
+"""The command line: ``blosam <verb>``, thin over the bundle. Options are spelt like the keys of its configs."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from blosam_monai import __version__
+
+_HERE = Path(__file__).resolve().parent
+# Beside the package in a checkout, inside it when installed.
+BUNDLE = next(
+    p for p in (_HERE / "bundles" / "blosam", _HERE.parent / "bundles" / "blosam") if (p / "configs").is_dir()
+)
+
+# Every key that a user sets, with its help; the defaults stand in the configs.
+KEYS = {
+    "data_list": "data list (JSON), see `blosam datalist`",
+    "dataset_dir": "folder that the list's paths are relative to",
+    "output_dir": "folder for everything that is written",
+    "ckpt_dir": "folder of the model and the training state (default: models in output_dir)",
+    "device": "cpu, cuda or cuda:1 (default: cuda where there is one)",
+    "seed": "seed of weights, order of images and views",
+    "tasks": "JSON list of labels to train, each a task of its own (default: all)",
+    "sam_model": "tiny, vit_b, vit_l or vit_h",
+    "sam_checkpoint": "SAM checkpoint file, `download` or `random` (default: Meta's file in the cache)",
+    "image_size": "side of the network input in pixels, a multiple of 16",
+    "preprocess": "sam (longer side, padding, SAM's normalisation) or paper (squashed, [0, 1])",
+    "head": "sam (SAM's own mask token) or two_token (as published)",
+    "prompt": "learned prompt: dense, sparse:n or both:n",
+    "lora_rank": "rank of the low-rank updates",
+    "method": "blosam, joint (one level on all images) or swap (the levels exchange their variables)",
+    "hypergradient": "first_order, finite_difference or exact",
+    "crossfit": "the halves swap roles at every second iteration",
+    "dice_weight": "share of Dice in the loss, the rest is cross-entropy",
+    "lower_lr": "learning rate of the decoder",
+    "upper_lr": "learning rate of the prompt",
+    "weight_decay": "of both levels; the prompt decays to where it started",
+    "max_epochs": "passes over the lower set",
+    "batch_size": "images of a step, at each level",
+    "selection": "model kept: last, upper (best Dice on D2, the paper) or validation",
+    "val_interval": "epochs between validations and between saves of the training state",
+    "augment_views": "extra fixed views of each support image",
+    "nsd_tolerance": "tolerance of the surface Dice, pixels",
+    "amp": "bfloat16 on CUDA",
+    "resume": "go on with the training in output_dir",
+    "overwrite": "replace what is in output_dir",
+    "use_mlflow": "track the run in MLflow",
+    "log_paths": "let MLflow keep file and subject names",
+    "tracking_uri": "MLflow store (default: SQLite in output_dir)",
+    "experiment_name": "MLflow experiment",
+    "run_name": "MLflow run (default: method and time)",
+    "section": "section of the data list to evaluate",
+    "threshold": "probability above which a pixel is foreground",
+    "merge": "argmax (one label map) or separate (one mask a task)",
+    "overlays": "also write the images with masks tinted",
+}
+TRAIN_KEYS = [k for k in KEYS if k not in ("section", "threshold", "merge", "overlays")]
+EVALUATE_KEYS = [
+    *("data_list", "dataset_dir", "output_dir", "device", "sam_checkpoint", "section", "threshold", "overlays"),
+    *("nsd_tolerance", "use_mlflow", "log_paths", "tracking_uri", "experiment_name", "run_name"),
+]
+PREDICT_KEYS = ["output_dir", "device", "sam_checkpoint", "threshold", "merge", "overlays", "overwrite"]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Names the near option for one that it does not know; one line, exit status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"blosam: {message}\n")
+
+    def check_names(self, arguments: Sequence[str]) -> None:
+        known = [option for action in self._actions for option in action.option_strings]
+        for word in (argument.split("=")[0] for argument in arguments if argument.startswith("--")):
+            if word not in known:
+                near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]}?" if near else f"see `{self.prog} --help`."
+                self.error(f"unknown option {word}; {hint}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status. What a user can mend is said in one line, without a traceback."""
+    parser, verbs = _build_parser()
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments and arguments[0] in verbs:
+        verbs[arguments[0]].check_names(arguments[1:])  # before argparse asks for what else is missing
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        print("blosam: interrupted; `blosam train --resume true` goes on from the last saved epoch.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        cause = _root_cause(error)
+        if not isinstance(cause, (ValueError, OSError)):
+            raise
+        print(f"blosam: {cause}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """MONAI wraps what a config or a transform raises; a user needs the innermost of the wrapped."""
+    while isinstance(error, RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
+    parser = _Parser(
+        prog="blosam",
+        description="Two to eight labelled images in, an automatic segmenter out. "
+        "Research use only, not a medical device.",
+        epilog="Each verb explains itself: blosam train --help",
+    )
+    parser.add_argument("--version", action="version", version=f"blosam_monai {__version__}")
+    actions = parser.add_subparsers(dest="verb", required=True, parser_class=_Parser, metavar="verb")
+    verbs: dict[str, _Parser] = {}
+
+    def verb(name: str, run: Callable[[argparse.Namespace], None], text: str) -> _Parser:
+        verbs[name] = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
+        verbs[name].set_defaults(run=run)
+        return verbs[name]
+
+    datalist = verb("datalist", _datalist, "Draw a few-shot data list from labelled images.")
+    datalist.add_argument("--images", help="folder of images")
+    datalist.add_argument("--labels", help="folder of labels, paired with the images by file stem")
+    datalist.add_argument("--from", dest="source", help="or an existing list: ours, Decathlon or nnU-Net dataset.json")
+    datalist.add_argument("--dataset_dir", help="folder that paths are relative to (default: the list's own)")
+    datalist.add_argument("--output", required=True, help="the JSON file to write")
+    datalist.add_argument("--n_shot", type=int, default=4, help="labelled images to train on (default: 4)")
+    datalist.add_argument("--seed", type=int, default=0, help="seed of the draw (default: 0)")
+    datalist.add_argument("--n_validation", type=int, default=0, help="images kept for validation (default: 0)")
+    datalist.add_argument("--n_testing", type=int, help="images to test on (default: all others)")
+    datalist.add_argument(
+        "--label_names", type=json.loads, help='JSON: {"lung": 1, "wheels": [2, 3]} (default: guessed)'
+    )
+    datalist.add_argument("--label_coding", choices=("index", "threshold"), help="default: guessed from all labels")
+    datalist.add_argument("--subject", help="regular expression on the file stem; its first group is the subject")
+    datalist.add_argument("--image_suffix", default="", help="cut off image stems before pairing, as _0000")
+    datalist.add_argument("--label_suffix", default="", help="cut off label stems before pairing, as _mask")
+    datalist.add_argument("--name", default="", help="name of the data set")
+
+    train = verb("train", _train, "Train a segmenter on a data list.")
+    _add_keys(train, TRAIN_KEYS, ("train.json",), required=("data_list", "output_dir"))
+    evaluate = verb("evaluate", _evaluate, "Score a trained segmenter on a section of a data list.")
+    evaluate.add_argument("--model", required=True, help="output_dir of the training")
+    _add_keys(evaluate, EVALUATE_KEYS, ("inference.json", "evaluate.json"), required=("data_list", "output_dir"))
+    predict = verb("predict", _predict, "Segment a picture or a folder of pictures.")
+    predict.add_argument("--model", required=True, help="output_dir of the training")
+    predict.add_argument("--input", required=True, help="picture, or folder of pictures")
+    _add_keys(predict, PREDICT_KEYS, ("inference.json",), required=("output_dir",))
+    demo = verb("demo", _demo, "Train, evaluate and predict on generated chest films.")
+    demo.add_argument("--output_dir", default="demo", help="folder for everything (default: demo)")
+    verb("doctor", _doctor, "Show versions, device, and where weights and caches are.")
+    return parser, verbs
+
+
+def _add_keys(parser: _Parser, keys: Sequence[str], files: Sequence[str], *, required: Sequence[str]) -> None:
+    """One option a config key, checked against the type of its default."""
+    defaults: dict[str, Any] = {}
+    for file in files:
+        defaults |= json.loads((BUNDLE / "configs" / file).read_text(encoding="utf-8"))
+    for key in keys:
+        default = defaults[key]
+        shown = "" if default is None or "default" in KEYS[key] or key in required else f" (default: {_show(default)})"
+        parser.add_argument(
+            f"--{key}",
+            type=_type_of(default),
+            required=key in required,
+            default=argparse.SUPPRESS,
+            help=KEYS[key] + shown,
+            metavar="VALUE",
+        )
+
+
+def _show(default: Any) -> str:
+    return json.dumps(default) if not isinstance(default, str) else ("computed" if default.startswith("$") else default)
+
+
+def _type_of(default: Any) -> Callable[[str], Any]:
+    if isinstance(default, bool):
+        return _boolean
+    if isinstance(default, int):
+        return _whole_number
+    if isinstance(default, float):
+        return _number
+    return _text
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, found {text!r}")
+    return text.lower() == "true"
+
+
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, found {text!r}") from None
+
+
+def _text(text: str) -> Any:
+    """A JSON list or object as such, anything else as text; MONAI would run text that begins with $ or @ as code."""
+    if text[:1] in ("$", "@", "%"):
+        raise argparse.ArgumentTypeError(f"{text!r} begins with {text[0]}, which a config would take for code")
+    return json.loads(text) if text[:1] in ("[", "{") else text
+
+
+def _overrides(options: argparse.Namespace, keys: Sequence[str]) -> dict[str, Any]:
+    return {key: getattr(options, key) for key in keys if hasattr(options, key)}
+
+
+def _run_bundle(files: Sequence[str], workflow_type: str, overrides: dict[str, Any]) -> None:
+    """What ``python -m monai.bundle run`` does, with these overrides."""
+    from monai.bundle import ConfigWorkflow
+
+    configs = BUNDLE / "configs"
+    workflow = ConfigWorkflow(
+        config_file=[str(configs / file) for file in files],
+        meta_file=str(configs / "metadata.json"),
+        logging_file=str(configs / "logging.conf"),
+        workflow_type=workflow_type,
+        bundle_root=str(BUNDLE),
+        **overrides,
+    )
+    workflow.initialize()
+    workflow.run()
+    workflow.finalize()
+
+
+def _train(options: argparse.Namespace) -> None:
+    _run_bundle(["train.json"], "train", {"dataset_dir": ".", **_overrides(options, TRAIN_KEYS)})
+    print(f"model: {Path(options.output_dir, 'models', 'model.safetensors')}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    overrides = {"dataset_dir": ".", **_overrides(options, EVALUATE_KEYS), "ckpt_dir": str(_models(options.model))}
+    _run_bundle(["inference.json", "evaluate.json"], "infer", overrides)
+    print(f"scores: {Path(options.output_dir, 'summary.json')}, by case: {Path(options.output_dir, 'cases.csv')}")
+
+
+def _predict(options: argparse.Namespace) -> None:
+    overrides = _overrides(options, PREDICT_KEYS)
+    overrides |= {"dataset_dir": options.input, "ckpt_dir": str(_models(options.model))}
+    _run_bundle(["inference.json"], "infer", overrides)
+    print(f"masks: {options.output_dir}")
+
+
+def _models(model: str) -> Path:
+    """Folder of the model below a training's output_dir."""
+    folder = Path(model, "models")
+    if not (folder / "model.safetensors").is_file():
+        raise FileNotFoundError(f"model: {folder / 'model.safetensors'} does not exist; give a training's output_dir.")
+    return folder
+
+
+def _datalist(options: argparse.Namespace) -> None:
+    from blosam_monai.data.datalist import find_coding, items_of_list, make_datalist, pair_folders, write_datalist
+
+    if bool(options.source) == bool(options.images and options.labels):
+        raise ValueError("datalist: give either --images and --labels, or --from.")
+    content: dict[str, Any] = {}
+    if options.source:
+        folder = options.dataset_dir or str(Path(options.source).parent)
+        items, content = items_of_list(options.source, subject=options.subject)
+    else:
+        folder = options.dataset_dir or "."
+        items = pair_folders(
+            options.images,
+            options.labels,
+            folder,
+            image_suffix=options.image_suffix,
+            label_suffix=options.label_suffix,
+            subject=options.subject,
+        )
+    labels = options.label_names or content.get("labels")
+    coding = options.label_coding or (content.get("label_coding", "index") if content else None)
+    if coding is None or labels is None:
+        found_coding, found_labels = find_coding([Path(folder, item["label"]) for item in items])
+        coding, labels = coding or found_coding, labels or found_labels
+    datalist = make_datalist(
+        items,
+        {"background": 0, **labels},
+        dataset_dir=folder,
+        n_shot=options.n_shot,
+        seed=options.seed,
+        label_coding=coding,
+        n_validation=options.n_validation,
+        n_testing=options.n_testing,
+        name=options.name or content.get("name", ""),
+        description=content.get("description", ""),
+        license=content.get("license", content.get("licence", "unknown")),
+    )
+    write_datalist(options.output, datalist)
+    sizes = ", ".join(f"{section} {len(datalist[section])}" for section in ("lower", "upper", "validation", "testing"))
+    print(f"{options.output}: {sizes}; labels {datalist['labels']}, coded by {coding}; dataset_dir {folder}")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from blosam_monai.data.datalist import make_datalist, pair_folders, write_datalist
+    from blosam_monai.data.phantoms import PHANTOM_LABELS, write_chest_films
+
+    root = Path(options.output_dir)
+    if (root / "train").exists():
+        raise FileExistsError(f"output_dir: {root} holds an earlier demo; remove it or choose another.")
+    data = root / "data"
+    write_chest_films(data, 16)
+    items = pair_folders(data / "images", data / "labels", data)
+    datalist = make_datalist(items, PHANTOM_LABELS, dataset_dir=data, n_shot=4, seed=0, n_validation=2, name="phantoms")
+    write_datalist(data / "list.json", datalist)
+    common = ["--dataset_dir", str(data), "--data_list", str(data / "list.json")]
+    store = ["--tracking_uri", f"sqlite:///{(root / 'mlruns.db').resolve()}"]
+    model = str(root / "train")
+    for arguments in (
+        ["train", *common, *store, "--output_dir", model, "--max_epochs", "40"],
+        ["evaluate", "--model", model, *common, *store, "--output_dir", str(root / "evaluate")],
+        ["predict", "--model", model, "--input", str(data / "images"), "--output_dir", str(root / "masks")],
+    ):
+        print("\n$ blosam " + " ".join(arguments), flush=True)
+        if status := main(arguments):
+            raise SystemExit(status)
+    scores = json.loads((root / "evaluate" / "summary.json").read_text(encoding="utf-8"))["scores"]["testing"]
+    print("\nDice on 10 test films (random SAM weights: this shows that the machine runs, not accuracy):")
+    print(", ".join(f"{task} {numbers['dice_mean']:.3f}" for task, numbers in scores.items()))
+    print(f"masks      {root / 'masks'}   (label values 1 lung, 2 heart: nearly black in a picture viewer)")
+    print(f"overlays   {root / 'evaluate' / 'overlays'}   (open any of the pictures)")
+    print(
+        f"MLflow     mlflow ui --backend-store-uri sqlite:///{(root / 'mlruns.db').resolve()}   (then open its address)"
+    )
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    import importlib.metadata
+    import platform
+
+    import torch
+
+    from blosam_monai.networks.sam import SAM_FILES, cache_dir, import_segment_anything
+
+    print(f"blosam_monai {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
+    for package in ("torch", "torchvision", "monai", "pytorch-ignite", "mlflow", "segment-anything", "safetensors"):
+        print(f"  {package:<18}{importlib.metadata.version(package)}")
+    import_segment_anything()
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"device: {', '.join(names) or 'cpu'} ({torch.get_num_threads()} threads)")
+    print(f"bundle: {BUNDLE}")
+    print(f"checkpoints: {cache_dir()} (set BLOSAM_CACHE for another folder)")
+    for model, file in SAM_FILES.items():
+        path = cache_dir() / Path(file.url).name
+        state = "here" if path.is_file() else f"missing; {file.url} ({file.size / 1e6:.0f} MB, SHA-256 {file.sha256})"
+        print(f"  {model:<6} {path.name}: {state}")
+    print("  tiny   random weights, nothing to fetch")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Things with weights: SAM at any size, its prompt-free decoder, low-rank adaptation, adapters on disk."""

@@ -1,0 +1,117 @@
+"""Trained adapters on disk: about 1 MB a task, safetensors, no pickle, with the settings that rebuild the network.
+
+``<name>.safetensors`` is complete in itself: its header carries the settings as JSON. ``<name>.json`` beside it is a
+copy for people and other tools.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from blosam_monai.networks.prompt_sam import PromptSam
+from blosam_monai.networks.sam import RANDOM
+
+_HEADER = "blosam_monai"
+# What a network without adapters is: lets tools look at the network of a bundle that is not trained yet.
+UNTRAINED = {
+    "sam_model": "tiny",
+    "sam_weights": RANDOM,
+    "image_size": 256,
+    "tasks": ["foreground"],
+    "prompt": "dense",
+    "head": "sam",
+    "lora_rank": 4,
+    "preprocess": "sam",
+    "labels": {"background": 0, "foreground": 1},
+    "label_coding": "index",
+}
+
+
+def save_adapters(path: str | os.PathLike[str], state: dict[str, Tensor], settings: dict[str, Any]) -> None:
+    """Write the tensors of ``PromptDecoder.adapter_state`` and the settings; each file appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(settings, indent=1)
+    for target, write in (
+        (path, lambda part: save_file({n: v.contiguous().cpu() for n, v in state.items()}, part, {_HEADER: text})),
+        (path.with_suffix(".json"), lambda part: part.write_text(text + "\n", encoding="utf-8")),
+    ):
+        part = target.with_name(f".{target.name}.{os.getpid()}.part")
+        try:
+            write(part)
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def read_adapters(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read tensors and settings.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, or not written by ``save_adapters``.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"model: {path} does not exist; train one, or give the output_dir of a training.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            settings = json.loads((file.metadata() or {})[_HEADER])
+            return {name: file.get_tensor(name) for name in file.keys()}, settings  # noqa: SIM118 (not a dict)
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"model: {path} is damaged or not a model of blosam_monai ({error}).") from error
+
+
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings of trained adapters; where there are none yet, those of the untrained default network."""
+    return read_adapters(path)[1] if Path(path).is_file() else dict(UNTRAINED)
+
+
+def load_prompt_sam(
+    path: str | os.PathLike[str],
+    sam_checkpoint: str | os.PathLike[str] | None = None,
+    *,
+    into: PromptSam | None = None,
+) -> PromptSam:
+    """The trained network in evaluation mode, rebuilt from its adapters and the SAM they were trained on.
+
+    Args:
+        path: the adapters.
+        sam_checkpoint: see ``build_sam``.
+        into: a network to fill instead of building one.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another network, or other SAM weights than those the adapters were trained on.
+    """
+    state, settings = read_adapters(path)
+    if settings["sam_weights"] == RANDOM and sam_checkpoint is None:
+        sam_checkpoint = RANDOM
+    own = {key: settings[key] for key in UNTRAINED if key in PromptSam.SETTINGS}
+    network = into or PromptSam(sam_checkpoint=sam_checkpoint, **own)
+    for key, value in own.items():
+        if network.settings[key] != value:
+            raise ValueError(f"{key}: {path} was trained with {value!r}, found {network.settings[key]!r}; drop {key}.")
+    if network.sam_weights != settings["sam_weights"]:
+        raise ValueError(
+            f"sam_checkpoint: {path} was trained on SAM weights {settings['sam_weights'][:12]}, these are "
+            f"{network.sam_weights[:12]}; give the checkpoint it was trained on."
+        )
+    network.decoder.load_adapter_state(state)
+    return network.eval()
+
+
+def export_model_pt(path: str | os.PathLike[str], network: PromptSam) -> None:
+    """Write the adapters as the ``model.pt`` that ``monai.bundle.load`` and MONAI Label look for.
+
+    Plain tensors under the names of ``network``'s own state dict; loads with ``weights_only=True``.
+    """
+    trained = {id(p) for p in (*network.lower_parameters(), *network.upper_parameters())}
+    torch.save({name: p.detach().cpu() for name, p in network.named_parameters() if id(p) in trained}, path)
