@@ -64,6 +64,7 @@ TRAIN_KEYS = [k for k in KEYS if k not in ("section", "threshold", "merge", "ove
 EVALUATE_KEYS = [
     *("data_list", "dataset_dir", "output_dir", "device", "sam_checkpoint", "section", "threshold", "overlays"),
     *("nsd_tolerance", "use_mlflow", "log_paths", "tracking_uri", "experiment_name", "run_name"),
+    "overwrite",
 ]
 PREDICT_KEYS = ["output_dir", "device", "sam_checkpoint", "threshold", "merge", "overlays", "overwrite"]
 
@@ -157,6 +158,7 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     _add_keys(predict, PREDICT_KEYS, ("inference.json",), required=("output_dir",))
     demo = verb("demo", _demo, "Train, evaluate and predict on generated chest films.")
     demo.add_argument("--output_dir", default="demo", help="folder for everything (default: demo)")
+    demo.add_argument("--overwrite", type=_boolean, default=False, help="replace an earlier demo (default: false)")
     verb("doctor", _doctor, "Show versions, device, and where weights and caches are.")
     return parser, verbs
 
@@ -315,21 +317,21 @@ def _demo(options: argparse.Namespace) -> None:
     from blosam_monai.data.phantoms import PHANTOM_LABELS, write_chest_films
 
     root = Path(options.output_dir)
-    if (root / "train").exists():
-        raise FileExistsError(f"output_dir: {root} holds an earlier demo; remove it or choose another.")
     data = root / "data"
     write_chest_films(data, 16)
     items = pair_folders(data / "images", data / "labels", data)
     datalist = make_datalist(items, PHANTOM_LABELS, dataset_dir=data, n_shot=4, seed=0, n_validation=2, name="phantoms")
     write_datalist(data / "list.json", datalist)
-    common = ["--dataset_dir", str(data), "--data_list", str(data / "list.json")]
-    store = ["--tracking_uri", f"sqlite:///{(root / 'mlruns.db').resolve()}"]
+    store = f"sqlite:///{(root / 'mlruns.db').resolve()}"
+    listed = ["--dataset_dir", str(data), "--data_list", str(data / "list.json"), "--tracking_uri", store]
     model = str(root / "train")
     for arguments in (
-        ["train", *common, *store, "--output_dir", model, "--max_epochs", "40"],
-        ["evaluate", "--model", model, *common, *store, "--output_dir", str(root / "evaluate")],
+        ["train", *listed, "--output_dir", model, "--max_epochs", "40"],
+        ["evaluate", "--model", model, *listed, "--output_dir", str(root / "evaluate")],
         ["predict", "--model", model, "--input", str(data / "images"), "--output_dir", str(root / "masks")],
     ):
+        if options.overwrite:
+            arguments += ["--overwrite", "true"]
         print("\n$ blosam " + " ".join(arguments), flush=True)
         if status := main(arguments):
             raise SystemExit(status)
@@ -338,9 +340,7 @@ def _demo(options: argparse.Namespace) -> None:
     print(", ".join(f"{task} {numbers['dice_mean']:.3f}" for task, numbers in scores.items()))
     print(f"masks      {root / 'masks'}   (label values 1 lung, 2 heart: nearly black in a picture viewer)")
     print(f"overlays   {root / 'evaluate' / 'overlays'}   (open any of the pictures)")
-    print(
-        f"MLflow     mlflow ui --backend-store-uri sqlite:///{(root / 'mlruns.db').resolve()}   (then open its address)"
-    )
+    print(f"MLflow     mlflow ui --backend-store-uri {store}   (then open its address)")
 
 
 def _doctor(options: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,11 @@ def case_scores(pred: Tensor, label: Tensor, *, nsd_tolerance: float = 2.0) -> d
     nsd = torch.where(in_pred == in_label, 1.0, 0.0).double()
     if both.any():
         pair = pred[both].float()[None], label[both].float()[None]  # (1, tasks in both, H, W)
-        hd95[both] = compute_hausdorff_distance(*pair, include_background=True, percentile=95)[0].double()
         tolerances = [nsd_tolerance] * int(both.sum())
-        nsd[both] = compute_surface_dice(*pair, tolerances, include_background=True)[0].double()
+        with warnings.catch_warnings():  # MONAI 1.6.1 warns of its own deprecated argument
+            warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
+            hd95[both] = compute_hausdorff_distance(*pair, include_background=True, percentile=95)[0].double()
+            nsd[both] = compute_surface_dice(*pair, tolerances, include_background=True)[0].double()
     pair = pred.float()[None], label.float()[None]
     return {
         "dice": compute_dice(*pair, include_background=True, ignore_empty=False)[0].numpy(),

@@ -43,7 +43,7 @@ def task_values(labels: Labels, tasks: Sequence[str] | None = None) -> dict[str,
         for name, value in labels.items()
         if name != "background"
     }
-    chosen = list(values) if tasks is None else list(tasks)
+    chosen = list(values) if tasks is None else [tasks] if isinstance(tasks, str) else list(tasks)
     unknown = [name for name in chosen if name not in values]
     if unknown or not chosen or len(set(chosen)) < len(chosen):
         raise ValueError(f"tasks: {chosen} must be some of the labels {', '.join(values)}, each once.")

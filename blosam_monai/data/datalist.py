@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 SECTIONS = ("lower", "upper", "validation", "testing")
 _DRAWS = 1000  # draws tried for one in which every class is in both halves
+_PLAIN_DRAWS = 100  # of these, the draws that do not prefer images of rare classes
 
 Item = dict[str, str]
 
@@ -69,8 +70,11 @@ def load_datalist(
         _find_files(content, path, dataset_dir, [section])
         return content
     if not content["lower"] or not content["upper"]:
-        count = len(content["lower"] + content["upper"])
-        raise ValueError(f"{path}: {count} labelled images; at least 2 are needed, one for each level.")
+        supports = content["lower"] + content["upper"]
+        raise ValueError(
+            f"{path}: {len(supports)} support images of {len({item['subject'] for item in supports})} subjects; at "
+            "least 2 of 2 subjects are needed, one for each level."
+        )
     _find_files(content, path, dataset_dir, ["lower", "upper", "validation"])
     _check_supports(content, values)
     return content
@@ -121,7 +125,8 @@ def make_datalist(
     """Draw a few-shot data list from labelled items: n supports in two halves, subjects disjoint everywhere.
 
     Supports come from different subjects while there are enough. Of up to 1000 seeded draws the first is taken in which
-    every class is in both halves, else the one that comes closest; what is absent is logged.
+    every class is in both halves, else the one that comes closest; what is absent is logged. After 100 draws, images of
+    rare classes are preferred.
 
     Args:
         items: ``{"image", "label", "subject"}``, paths relative to ``dataset_dir``.
@@ -284,10 +289,14 @@ def _draw_halves(
 ) -> tuple[list[int], list[int]]:
     """Numbers of the supports of D1 and D2: disjoint subjects, as many classes in both as 1000 draws offer."""
     best: tuple[int, list[int], list[int]] | None = None
-    for _ in range(_DRAWS):
+    showing = {name: [i for i in usable if name in present[i]] for name in sorted(classes)}
+    rarest_first = sorted(showing.values(), key=len)
+    for draw in range(_DRAWS):
         order = [usable[i] for i in rng.permutation(len(usable))]
+        if draw >= _PLAIN_DRAWS:  # chance alone does not find the rare classes: two images of each go first
+            order = list(dict.fromkeys([i for shown in rarest_first for i in rng.permutation(shown)[:2]] + order))
         first_of = list({items[i]["subject"]: i for i in reversed(order)}.values())[::-1]
-        chosen = (first_of + [i for i in order if i not in first_of])[:n_shot]
+        chosen = list(dict.fromkeys(first_of + order))[:n_shot]
         halves = split_halves([{**items[i], "number": str(i)} for i in chosen], seed=int(rng.integers(2**31)))
         lower, upper = ([int(item["number"]) for item in half] for half in halves)
         if not upper:

@@ -10,17 +10,19 @@ import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 
 PathLike = str | os.PathLike[str]
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".tif", ".tiff", ".bmp")
 LABEL_CODINGS = ("index", "threshold")
 THRESHOLD = 127  # of 0 to 255: soft edges and JPEG noise stay on their side of it
+_NEW_SUBFILE_TYPE = 254  # TIFF 6.0 tag; its lowest bit marks a reduced copy of another page
 
 
 def list_images(path: PathLike) -> list[Path]:
-    """A file, or the pictures of a folder sorted by name; raises where there are none."""
+    """A file, or the pictures of a folder sorted by name; raises where there are none, or two of one stem."""
     path = Path(path)
     if path.is_file():
         return [path]
@@ -29,6 +31,10 @@ def list_images(path: PathLike) -> list[Path]:
     files = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
     if not files:
         raise ValueError(f"{path}: holds no picture ({' '.join(PICTURE_SUFFIXES)}).")
+    first_of: dict[str, Path] = {}
+    for file in files:
+        if first_of.setdefault(file.stem, file) != file:
+            raise ValueError(f"{file}: has the same stem as {first_of[file.stem].name}; rename or remove one of them.")
     return files
 
 
@@ -50,6 +56,8 @@ def read_image(path: PathLike) -> np.ndarray:
         low, high = float(values.min()), float(values.max())
         rgb = np.repeat((values - low)[None] * (255 / (high - low) if high > low else 0), 3, axis=0)
     else:
+        if picture.mode == "P":
+            picture = picture.convert("RGBA")  # straight to RGB, PIL warns of palettes with transparent entries
         rgb = np.asarray(picture.convert("RGB"), dtype=np.float32).transpose(2, 0, 1)
     if rgb.max() == rgb.min():
         raise ValueError(f"{path}: every pixel has the same value; repair or leave out the image.")
@@ -61,8 +69,9 @@ def read_label(path: PathLike, coding: str = "index") -> np.ndarray:
 
     Args:
         path: the file.
-        coding: ``index``, the values as stored (of a palette picture, its indices); or ``threshold``, 1 where the
-            picture is brighter than 127 of 255, else 0 (masks of 0 and 255, soft edges, JPEG noise).
+        coding: ``index``, the values as stored (of a palette picture, its indices, but of a GIF its gray values); or
+            ``threshold``, 1 where the picture is brighter than 127 of 255, else 0 (masks of 0 and 255, soft edges, JPEG
+            noise).
 
     Raises:
         FileNotFoundError: no such file.
@@ -73,6 +82,8 @@ def read_label(path: PathLike, coding: str = "index") -> np.ndarray:
     picture = _open(path)
     if coding == "threshold":
         return (np.asarray(picture.convert("L")) > THRESHOLD).astype(np.int32)
+    if picture.mode == "P" and Path(path).suffix.lower() == ".gif":
+        picture = picture.convert("RGB")  # who writes a GIF renumbers its palette; what it shows is kept
     values = np.asarray(picture)
     if picture.mode in ("LA", "PA", "RGBA"):
         values = values[..., :-1]  # transparency says nothing about the class
@@ -90,11 +101,24 @@ def _open(path: PathLike) -> Image.Image:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; check dataset_dir and the data list.")
     try:
-        picture = Image.open(path)
-        pages = getattr(picture, "n_frames", 1)
-        picture.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        with Image.open(path) as picture:
+            pages = _count_pages(picture)
+            upright = ImageOps.exif_transpose(picture)  # a copy, decoded
+    except Exception as error:  # a damaged file meets PIL's decoders in their own ways: OSError, TypeError, EOFError
         raise ValueError(f"{path}: cannot be read as a picture ({error}); export it again.") from error
     if pages > 1:
         raise ValueError(f"{path}: has {pages} pages; save the wanted page as a file of its own.")
-    return ImageOps.exif_transpose(picture)
+    return upright
+
+
+def _count_pages(picture: Image.Image) -> int:
+    """Number of pages; a TIFF's previews (later pages marked as of reduced resolution) are not counted."""
+    pages = getattr(picture, "n_frames", 1)
+    if not isinstance(picture, TiffImageFile):
+        return pages
+    previews = 0
+    for page in range(1, pages):
+        picture.seek(page)
+        previews += picture.tag_v2.get(_NEW_SUBFILE_TYPE, 0) & 1
+    picture.seek(0)
+    return pages - previews

@@ -35,7 +35,10 @@ def atomic(path: PathLike) -> Iterator[Path]:
 
 def write_label(path: PathLike, label: np.ndarray) -> None:
     """Write a label map (H, W) of values 0 to 65535 as PNG, 8 bits where they suffice."""
-    picture = Image.fromarray(label.astype(np.uint8 if label.max(initial=0) < 256 else np.uint16))
+    low, high = int(label.min(initial=0)), int(label.max(initial=0))
+    if low < 0 or high > 65535:
+        raise ValueError(f"{path}: label values {low} to {high} do not fit in a PNG; use values from 0 to 65535.")
+    picture = Image.fromarray(label.astype(np.uint8 if high < 256 else np.uint16))
     with atomic(path) as part:
         picture.save(part, format="PNG")
 

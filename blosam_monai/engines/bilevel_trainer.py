@@ -7,7 +7,7 @@ from itertools import count, islice
 from typing import Any
 
 import torch
-from ignite.engine import EventEnum
+from ignite.engine import EventEnum, Events
 from monai.engines import Trainer
 from monai.engines.utils import IterationEvents, default_metric_cmp_fn
 from monai.inferers import Inferer, SimpleInferer
@@ -127,8 +127,12 @@ class BilevelTrainer(Trainer):
         )
 
     def run(self) -> None:
-        """Train to the last epoch; after a state was loaded, from where it ended."""
+        """Train to the last epoch; after a state was loaded, from where it ended. What is finished stays as it is."""
         self._upper_stream = None
+        if self.state.epoch >= self.state.max_epochs:  # ignite would start again from the first epoch
+            self.fire_event(Events.STARTED)
+            self.fire_event(Events.COMPLETED)
+            return
         super().run()
 
     def _iteration(self, engine: Any, batchdata: dict[str, Tensor]) -> dict[str, Any]:

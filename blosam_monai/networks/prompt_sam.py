@@ -75,4 +75,8 @@ class PromptSam(nn.Module):
 
     def merge(self, task: int | str = 0) -> dict[str, Tensor]:
         """One task (number or name) folded into a plain ``segment_anything`` state dict."""
-        return self.decoder.merge(self.sam, self.tasks.index(task) if isinstance(task, str) else task)
+        if isinstance(task, str):
+            if task not in self.tasks:
+                raise ValueError(f"merge: task {task!r} is not one of {', '.join(self.tasks)}.")
+            task = self.tasks.index(task)
+        return self.decoder.merge(self.sam, task)

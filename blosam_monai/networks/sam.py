@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -115,10 +116,16 @@ def build_sam(model: str, image_size: int, checkpoint: str | os.PathLike[str] | 
         sam.weights = RANDOM
         logger.warning("SAM %s has random weights: it shows that the machine runs, not accuracy.", model)
         return sam.eval()
-    path = find_checkpoint(model, fetch=checkpoint == DOWNLOAD) if checkpoint in (None, DOWNLOAD) else Path(checkpoint)
+    published = checkpoint is None or checkpoint == DOWNLOAD
+    path = find_checkpoint(model, fetch=checkpoint == DOWNLOAD) if published else Path(checkpoint)
     sam = _assemble(size, image_size)
     sam.load_state_dict(_read_state(path, sam, model))
     sam.weights = file_sha256(path)
+    if published and sam.weights != SAM_FILES[model].sha256:
+        raise ValueError(
+            f"sam_checkpoint: {path} has SHA-256 {sam.weights}, Meta's file {SAM_FILES[model].sha256}; replace it, or "
+            "give its path as sam_checkpoint to use it as it is."
+        )
     return sam.eval()
 
 
@@ -193,7 +200,7 @@ def _read_state(path: Path, sam: Sam, model: str) -> dict[str, Tensor]:
     except Exception as error:
         raise ValueError(
             f"sam_checkpoint: {path} cannot be read as a SAM checkpoint ({type(error).__name__}): it is truncated, "
-            f"damaged or another kind of file; download it again (SHA-256 in `blosam doctor`)."
+            f"damaged or another kind of file; replace it (SHA-256 in `blosam doctor`)."
         ) from error
     expected = sam.state_dict()
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -262,7 +269,7 @@ def find_checkpoint(model: str, *, fetch: bool) -> Path:
         raise FileNotFoundError(remedy)
     try:
         download(file.url, path, file.sha256)
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+    except (urllib.error.URLError, TimeoutError, ConnectionError, HTTPException) as error:
         raise FileNotFoundError(f"{remedy} The download failed: {error}.") from error
     return path
 
@@ -272,7 +279,8 @@ def download(url: str, path: Path, sha256: str) -> None:
 
     Raises:
         ValueError: the bytes received do not have the SHA-256; they are deleted.
-        urllib.error.URLError, TimeoutError, ConnectionError: the network failed; what came is kept for the next try.
+        urllib.error.URLError, TimeoutError, ConnectionError, HTTPException: the network failed; what came is kept for
+            the next try.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")

@@ -1,0 +1,244 @@
+"""The MLflow run of a training or an evaluation, and what it keeps. Nothing in it names a patient unless asked."""
+
+from __future__ import annotations
+
+import atexit
+import csv
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import monai
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from mlflow.entities import Metric
+from mlflow.telemetry.client import set_telemetry_client
+from monai.engines import Evaluator
+from monai.handlers import MLFlowHandler
+
+from blosam_monai import __version__
+from blosam_monai.data.datalist import SECTIONS
+from blosam_monai.data.readers import PathLike
+from blosam_monai.metrics import write_rows
+
+set_telemetry_client()  # `python -m monai.bundle` imports MLflow before us: make it read our environment again
+
+
+def task_scores(engine: Engine, tasks: Sequence[str], metric: str) -> dict[str, float]:
+    """Mean of a metric of an engine for each task, from its details (cases, T); not-a-number cases left out."""
+    details = torch.as_tensor(engine.state.metric_details[metric])
+    return dict(zip(tasks, details.nanmean(dim=0).tolist(), strict=True))
+
+
+class BilevelMLFlowHandler(MLFlowHandler):
+    """One MLflow run for a training: both levels, every task, what went in and what came out.
+
+    On MONAI's handler, which knows one optimizer, writes every number on its own (25 ms each), joins whatever run is
+    not finished and leaves a crashed run RUNNING. Here a run is new and unique by name, metrics go out in batches, a
+    crash ends it as FAILED, and a resumed training continues its own run. No file name is logged unless ``log_paths``.
+
+    Args:
+        tracking_uri, experiment_name, run_name, experiment_param: as in ``MLFlowHandler``; a run name that is
+            taken gets a number.
+        tasks: names of the tasks.
+        optimizers: name -> optimizer whose learning rate is logged.
+        evaluators: name -> evaluator whose Dice of each task is logged.
+        seconds: metrics are sent at least this often.
+    """
+
+    default_tracking_params: list[str] = []  # noqa: RUF012 (all settings are in experiment_param)
+    NUMBERS = ("loss", "upper_loss", "hypergradient_norm", "prompt_norm")
+
+    def __init__(
+        self,
+        tracking_uri: str,
+        experiment_name: str,
+        run_name: str,
+        *,
+        tasks: Sequence[str] = (),
+        experiment_param: Mapping[str, Any] | None = None,
+        tags: Mapping[str, str] | None = None,
+        optimizers: Mapping[str, torch.optim.Optimizer] | None = None,
+        evaluators: Mapping[str, Evaluator | None] | None = None,
+        seconds: float = 5.0,
+    ) -> None:
+        super().__init__(
+            tracking_uri=tracking_uri,
+            experiment_name=experiment_name,
+            run_name=run_name,
+            experiment_param={**(experiment_param or {}), **versions()},
+        )
+        self.tasks, self.tags = list(tasks), dict(tags or {})
+        self.optimizers = dict(optimizers or {})
+        self.evaluators = {name: e for name, e in (evaluators or {}).items() if e is not None}
+        self.seconds = seconds
+        self.resume_run_id: str | None = None
+        self.cur_run: Any = None
+        self._pending: list[Metric] = []
+        self._sent = time.monotonic()
+        self._created = int(time.time() * 1000)
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the trainer (or to an evaluator that runs alone); ``evaluators`` are attached to by themselves."""
+        super().attach(engine)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
+        for name, evaluator in self.evaluators.items():
+            evaluator.add_event_handler(Events.EPOCH_COMPLETED, self._log_tasks, name)
+
+    def start(self, engine: Engine) -> None:
+        """Create the run, or go on with the one of the training that is resumed."""
+        if self.cur_run is not None:
+            return
+        self._set_experiment()
+        if self.resume_run_id:
+            self.client.update_run(self.resume_run_id, status="RUNNING")
+            self.cur_run = self.client.get_run(self.resume_run_id)
+        else:
+            self.cur_run = self._new_run()
+        atexit.register(self._end, "FAILED")  # a crash outside the trainer
+        params = dict(self.experiment_param or {})
+        self._delete_exist_param_in_dict(params)
+        self._log_params(params)
+
+    def finish(self, output_dir: PathLike, data_list: PathLike, *, log_paths: bool = False) -> None:
+        """Log the artifacts and end the run as FINISHED; called when everything is done.
+
+        Artifacts: adapters, settings, data list, table of cases, overlays. Without ``log_paths`` no name of a file,
+        subject or folder is among them.
+        """
+        scores = json.loads((Path(output_dir) / "summary.json").read_text(encoding="utf-8"))["scores"]
+        for section, by_task in scores.items():
+            for task, numbers in by_task.items():
+                self._log_metrics({f"{section}_{name}/{task}": value for name, value in numbers.items()})
+        with tempfile.TemporaryDirectory() as folder:
+            collect_record(folder, output_dir, data_list, self.experiment_param or {}, log_paths=log_paths)
+            self._flush()
+            self.client.log_artifacts(self.cur_run.info.run_id, folder)
+        self._end("FINISHED")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The run's id, so that a resumed training continues it."""
+        return {"run_id": self.cur_run.info.run_id if self.cur_run else None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore ``state_dict``."""
+        self.resume_run_id = state["run_id"]
+
+    def _new_run(self) -> Any:
+        """A run of a name of its own; the one MONAI's ``--tracking mlflow`` has just opened for us is taken over."""
+        runs = self.client.search_runs([self.experiment.experiment_id], max_results=50_000)
+        names = {run.info.run_name for run in runs}
+        for run in runs:
+            if run.info.run_name == self.run_name and run.info.start_time >= self._created:
+                return run
+        name, number = self.run_name, 2
+        while name in names:
+            name, number = f"{self.run_name}-{number}", number + 1
+        return self.client.create_run(self.experiment.experiment_id, run_name=name, tags=self.tags)
+
+    def _default_iteration_log(self, engine: Engine) -> None:
+        first = engine.state.output[0] if isinstance(engine.state.output, list) else engine.state.output
+        metrics = {name: float(first[name]) for name in self.NUMBERS if name in first}
+        metrics |= {f"lr_{name}": opt.param_groups[0]["lr"] for name, opt in self.optimizers.items()}
+        self._log_metrics(metrics, engine.state.iteration)
+
+    def _default_epoch_log(self, engine: Engine) -> None:
+        self._log_metrics({k: v for k, v in engine.state.metrics.items() if np.isscalar(v)}, engine.state.epoch)
+        for metric in engine.state.metric_details:
+            self._log_tasks(engine, metric.removesuffix("_mean_dice"))
+
+    def _log_tasks(self, engine: Engine, name: str) -> None:
+        self.start(engine)  # an evaluation before the first epoch comes before the trainer has started
+        for metric in engine.state.metric_details:
+            scores = task_scores(engine, self.tasks, metric)
+            self._log_metrics({f"{name}_dice/{task}": score for task, score in scores.items()}, engine.state.epoch)
+            self._log_metrics({f"{name}_mean_dice": engine.state.metrics[metric]}, engine.state.epoch)
+
+    def _log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        now = int(time.time() * 1000)
+        self._pending += [Metric(name, float(value), now, step or 0) for name, value in metrics.items()]
+        if time.monotonic() - self._sent > self.seconds:
+            self._flush()
+
+    def _flush(self) -> None:
+        while self._pending:  # MLflow takes at most 1000 metrics in one call
+            batch, self._pending = self._pending[:1000], self._pending[1000:]
+            self.client.log_batch(self.cur_run.info.run_id, metrics=batch)
+        self._sent = time.monotonic()
+
+    def _fail(self, engine: Engine, error: Exception) -> None:
+        self._end("FAILED")
+        raise error
+
+    def _end(self, status: str) -> None:
+        atexit.unregister(self._end)
+        if self.cur_run is not None:
+            self._flush()
+            self.client.set_terminated(self.cur_run.info.run_id, status)
+            self.cur_run = None
+            self._dispose_sqlite_store()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    return {
+        "blosam_monai_version": __version__,
+        "torch_version": torch.__version__,
+        "monai_version": monai.__version__,
+        "mlflow_version": mlflow.__version__,
+        "python_version": platform.python_version(),
+        "cpu_count": str(os.cpu_count()),
+    }
+
+
+def collect_record(
+    folder: PathLike, output_dir: PathLike, data_list: PathLike, settings: Mapping[str, Any], *, log_paths: bool
+) -> None:
+    """Copy what MLflow keeps of a run: cases by ``case_id``, subjects by number unless ``log_paths``."""
+    folder, output_dir = Path(folder), Path(output_dir)
+    (folder / "overlays").mkdir(parents=True)
+    (folder / "settings.json").write_text(json.dumps(settings, indent=1, default=str), encoding="utf-8")
+    for model in sorted((output_dir / "models").glob("model.*")):
+        shutil.copy(model, folder)
+    shutil.copy(output_dir / "summary.json", folder)
+    with open(output_dir / "cases.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for case, name in {row["case"]: row["case"] if log_paths else row["case_id"] for row in rows}.items():
+        overlay = output_dir / "overlays" / f"{case}.png"
+        if overlay.is_file():  # none with overlays=false
+            shutil.copy(overlay, folder / "overlays" / f"{name}.png")
+    content = json.loads(Path(data_list).read_text(encoding="utf-8"))
+    if not log_paths:
+        rows = [{name: value for name, value in row.items() if name != "case"} for row in rows]
+        content = _anonymous(content)
+    write_rows(folder / "cases.csv", rows)
+    (folder / "data_list.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+_PUBLIC = ("labels", "label_coding", "n_shot", "seed")
+
+
+def _anonymous(content: dict[str, Any]) -> dict[str, Any]:
+    """A data list whose files are named by their hashes and whose subjects are numbered."""
+    hashes = content.get("sha256", {})
+    sections = [section for section in (*SECTIONS, "training") if section in content]
+    subjects: dict[str, str] = {}
+    result: dict[str, Any] = {name: content[name] for name in _PUBLIC if name in content}
+    for section in sections:
+        result[section] = [
+            {
+                "image": hashes.get(item["image"], "")[:12],
+                "label": hashes.get(item["label"], "")[:12],
+                "subject": subjects.setdefault(str(item.get("subject", item["image"])), f"subject {len(subjects) + 1}"),
+            }
+            for item in content[section]
+        ]
+    return result

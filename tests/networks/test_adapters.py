@@ -1,0 +1,203 @@
+"""Adapters on disk: exact, small, without pickle, refused where they do not fit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from monai.networks.utils import copy_model_state
+from safetensors.torch import load_file, save_file
+
+from blosam_monai.networks.adapters import (
+    export_model_pt,
+    load_prompt_sam,
+    read_adapters,
+    read_settings,
+    save_adapters,
+)
+from blosam_monai.networks.prompt_sam import PromptSam
+from blosam_monai.networks.sam import build_sam
+
+
+def trained(tasks: tuple[str, ...] = ("lung", "heart"), checkpoint: str | Path = "random", **options) -> PromptSam:
+    """A tiny network whose trainable tensors are noise."""
+    network = PromptSam("tiny", 64, checkpoint, tasks, **options)
+    generator = torch.Generator().manual_seed(0)
+    for p in (*network.lower_parameters(), *network.upper_parameters()):
+        p.data = 0.05 * torch.randn(p.shape, generator=generator)
+    return network
+
+
+def settings_of(network: PromptSam) -> dict:
+    return {**network.settings, "sam_weights": network.sam_weights, "preprocess": "sam"}
+
+
+def save(network: PromptSam, path: Path) -> Path:
+    save_adapters(path, network.decoder.adapter_state(), settings_of(network))
+    return path
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """The file of a trained network of two tasks. Shared: tests must not change it."""
+    return save(trained(), tmp_path_factory.mktemp("model") / "model.safetensors")
+
+
+def test_tensors_come_back_exactly(saved):
+    state, expected = read_adapters(saved)[0], trained().decoder.adapter_state()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in state.items())
+
+
+def test_settings_come_back_exactly(saved):
+    assert read_settings(saved) == settings_of(trained())
+
+
+def test_another_reader_of_safetensors_reads_the_file(saved):
+    assert load_file(saved)["phi.dense_prompt"].shape == (2, 256)
+
+
+def test_the_file_is_a_json_header_and_numbers(saved):
+    data = saved.read_bytes()
+    length = int.from_bytes(data[:8], "little")  # the safetensors format: a length, a JSON header, the tensors
+    header = json.loads(data[8 : 8 + length])
+    assert json.loads(header["__metadata__"]["blosam_monai"]) == settings_of(trained())
+    assert len(data) == 8 + length + 4 * 2 * (237_568 + 256)
+
+
+def test_the_json_file_beside_it_is_a_copy_of_the_header(saved):
+    assert json.loads(saved.with_suffix(".json").read_text(encoding="utf-8")) == read_settings(saved)
+
+
+def test_a_task_takes_about_a_megabyte(saved):
+    assert 0.9e6 < saved.stat().st_size / 2 < 1.1e6
+
+
+def test_saving_leaves_nothing_but_the_two_files(saved):
+    assert sorted(file.name for file in saved.parent.iterdir()) == ["model.json", "model.safetensors"]
+
+
+def test_a_failed_save_keeps_the_old_file_and_leaves_no_piece(tmp_path):
+    path = save(trained(("lung",)), tmp_path / "model.safetensors")
+    before = path.read_bytes()
+    shared = torch.zeros(4)
+    with pytest.raises(RuntimeError, match="share memory"):  # safetensors refuses two names for one tensor
+        save_adapters(path, {"a": shared, "b": shared}, {})
+    assert path.read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(("prompt", "head"), [("dense", "sam"), ("both:2", "two_token"), ("sparse:1", "sam")])
+def test_a_loaded_network_gives_the_same_logits(tmp_path, prompt, head):
+    network = trained(prompt=prompt, head=head).eval()
+    loaded = load_prompt_sam(save(network, tmp_path / "model.safetensors"))
+    image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(loaded(image), network(image))
+    assert not loaded.training
+
+
+def test_adapters_fill_a_network_that_is_there(saved):
+    network = PromptSam("tiny", 64, "random", ("lung", "heart"))
+    assert load_prompt_sam(saved, into=network) is network
+    assert torch.equal(network.decoder.phi["dense_prompt"], trained().decoder.phi["dense_prompt"])
+
+
+def test_without_a_file_the_settings_are_those_of_an_untrained_network(tmp_path):
+    network = PromptSam()
+    expected = {**network.settings, "sam_weights": "random"}
+    found = read_settings(tmp_path / "none.safetensors")
+    assert {key: found[key] for key in expected} == expected
+
+
+# Refusals
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors does not exist"):
+        load_prompt_sam(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:100],
+        lambda data: b"",
+        lambda data: b"\xff" * len(data),
+        lambda data: data + b"more",
+    ],
+    ids=["half", "header cut", "empty", "noise", "longer"],
+)
+def test_a_damaged_file_is_refused_by_name(saved, tmp_path, spoil):
+    (tmp_path / "broken.safetensors").write_bytes(spoil(saved.read_bytes()))
+    with pytest.raises(ValueError, match=r"broken\.safetensors is damaged or not a model of blosam_monai"):
+        load_prompt_sam(tmp_path / "broken.safetensors")
+
+
+def test_a_pickle_is_refused_by_name(tmp_path):
+    torch.save(trained().decoder.adapter_state(), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or not a model of blosam_monai"):
+        load_prompt_sam(tmp_path / "model.safetensors")
+
+
+def test_safetensors_of_another_program_are_refused_by_name(tmp_path):
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other\.safetensors is damaged or not a model of blosam_monai"):
+        load_prompt_sam(tmp_path / "other.safetensors")
+
+
+def test_other_sam_weights_are_refused_with_both_hashes(tmp_path):
+    state = build_sam("tiny", 64, "random").state_dict()
+    torch.save(state, tmp_path / "first.pth")
+    torch.save({name: value + 1 for name, value in state.items()}, tmp_path / "second.pth")
+    network = trained(checkpoint=tmp_path / "first.pth")
+    other = build_sam("tiny", 64, tmp_path / "second.pth")
+    path = save(network, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"{network.sam_weights[:12]}, these are {other.weights[:12]}"):
+        load_prompt_sam(path, tmp_path / "second.pth")
+
+
+def test_random_weights_are_refused_for_adapters_of_a_file(tmp_path):
+    torch.save(build_sam("tiny", 64, "random").state_dict(), tmp_path / "sam.pth")
+    path = save(trained(checkpoint=tmp_path / "sam.pth"), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="these are random; give the checkpoint it was trained on"):
+        load_prompt_sam(path)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("image_size", 128, "image_size: .* trained with 64, found 128"),
+        ("tasks", ("heart", "lung"), r"tasks: .* trained with \['lung', 'heart'\], found \['heart', 'lung'\]"),
+        ("head", "two_token", "head: .* trained with 'sam', found 'two_token'"),
+        ("lora_rank", 2, "lora_rank: .* trained with 4, found 2"),
+    ],
+)
+def test_a_network_with_another_setting_is_refused_naming_it(saved, option, value, message):
+    arguments = {"image_size": 64, "sam_checkpoint": "random", "tasks": ("lung", "heart"), option: value}
+    with pytest.raises(ValueError, match=message):
+        load_prompt_sam(saved, into=PromptSam("tiny", **arguments))
+
+
+# The file for monai.bundle.load
+
+
+def test_an_exported_file_holds_plain_tensors_and_nothing_frozen(tmp_path):
+    network = trained()
+    export_model_pt(tmp_path / "model.pt", network)
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert sum(value.numel() for value in state.values()) == 2 * (237_568 + 256)
+
+
+def test_monai_copies_every_tensor_of_an_exported_file(tmp_path):
+    network, fresh = trained().eval(), PromptSam("tiny", 64, "random", ("lung", "heart")).eval()
+    export_model_pt(tmp_path / "model.pt", network)
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    _, updated, _ = copy_model_state(fresh, state)
+    assert updated == sorted(state)
+    image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(fresh(image), network(image))

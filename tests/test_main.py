@@ -1,0 +1,124 @@
+"""The command line: names, types, refusals, help, doctor, and one walk through all verbs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from blosam_monai.__main__ import BUNDLE, EVALUATE_KEYS, KEYS, PREDICT_KEYS, TRAIN_KEYS, main
+
+
+def test_help_answers_in_under_a_second():
+    best = min(_seconds([sys.executable, "-m", "blosam_monai", "--help"]) for _ in range(3))
+    assert best < 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "near"),
+    [
+        (["train", "--max_epohcs", "3"], "--max_epochs"),
+        (["predict", "--modle", "x"], "--model"),
+        (["evaluate", "--data-list=x"], "--data_list"),
+        (["datalist", "--nshot", "4"], "--n_shot"),
+    ],
+)
+def test_a_misspelt_option_is_refused_naming_the_near_one(arguments, near, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"did you mean {near}?" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--max_epochs", "many"], "--max_epochs: expected a whole number, found 'many'"),
+        (["--lower_lr", "fast"], "--lower_lr: expected a number, found 'fast'"),
+        (["--crossfit", "maybe"], "--crossfit: expected true or false, found 'maybe'"),
+        (["--run_name", "$print(1)"], "begins with $"),  # a config would run it
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused(arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", *arguments])
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("files", "keys"),
+    [
+        (["train.json"], TRAIN_KEYS),
+        (["inference.json", "evaluate.json"], EVALUATE_KEYS),
+        (["inference.json"], PREDICT_KEYS),
+    ],
+)
+def test_every_option_is_a_key_of_its_config_and_has_its_help(files, keys):
+    config = {}
+    for file in files:
+        config |= json.loads((BUNDLE / "configs" / file).read_text())
+    assert set(keys) <= config.keys()
+    assert set(keys) <= KEYS.keys()
+
+
+def test_every_key_that_a_user_can_set_in_the_training_is_an_option():
+    """Plain values of train.json are what a user sets; the rest are parts and expressions."""
+    config = json.loads((BUNDLE / "configs" / "train.json").read_text())
+    plain = {key for key, value in config.items() if not isinstance(value, (dict, list))} - {"bundle_root"}
+    expressions = {"datalist", "task_names", "network", "theta", "phi", "iterations"}
+    assert plain - expressions == set(TRAIN_KEYS)
+
+
+def test_doctor_says_where_everything_is_and_what_is_missing(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("BLOSAM_CACHE", str(tmp_path))
+    (tmp_path / "sam_vit_l_0b3195.pth").touch()
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "torch " in out
+    assert str(tmp_path) in out
+    assert "sam_vit_b_01ec64.pth: missing" in out
+    assert "sam_vit_l_0b3195.pth: here" in out
+
+
+def test_from_two_folders_to_masks(phantoms, tmp_path, capsys, monkeypatch):
+    """datalist, train, evaluate, predict on pictures that are not square, with the values of the list in the masks."""
+    monkeypatch.chdir(tmp_path)
+    images, labels = str(phantoms / "images"), str(phantoms / "labels")
+    names = '{"lung": 1, "heart": 2}'
+    assert main(["datalist", "--images", images, "--labels", labels, "--label_names", names, "--output", "l.json"]) == 0
+    assert "lower 2, upper 2, validation 0, testing 6" in capsys.readouterr().out
+    shared = ["--data_list", "l.json", "--use_mlflow", "false"]
+    assert main(["train", *shared, "--output_dir", "run", "--max_epochs", "15", "--tasks", '["heart"]']) == 0
+    assert main(["evaluate", *shared, "--model", "run", "--output_dir", "scores"]) == 0
+    assert main(["predict", "--model", "run", "--input", images, "--output_dir", "masks"]) == 0
+    scores = json.loads(Path("scores/summary.json").read_text())
+    assert scores["scores"]["testing"]["heart"]["cases"] == 6
+    assert scores["settings"]["sam_weights"] == "random"
+    masks = [np.asarray(Image.open(p)) for p in sorted(Path("masks").glob("*.png"))]
+    assert len(masks) == 10
+    assert {m.shape for m in masks} == {(224, 288)}
+    assert set(np.unique(masks)) == {0, 2}  # the heart's value in the list
+    assert len(list(Path("masks/overlays").glob("*.png"))) == 10
+
+
+def test_separate_masks_are_one_file_a_task(phantoms, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shared = ["--data_list", str(phantoms / "list.json"), "--dataset_dir", str(phantoms), "--use_mlflow", "false"]
+    assert main(["train", *shared, "--output_dir", "run", "--max_epochs", "1"]) == 0
+    image = str(phantoms / "images" / "phantom_003.png")
+    assert main(["predict", "--model", "run", "--input", image, "--output_dir", "m", "--merge", "separate"]) == 0
+    assert sorted(p.name for p in Path("m").glob("*.png")) == ["phantom_003_heart.png", "phantom_003_lung.png"]
+
+
+def _seconds(command: list[str]) -> float:
+    start = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
