@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -60,6 +61,8 @@ KEYS = {
     "merge": "argmax (one label map) or separate (one mask a task)",
     "overlays": "also write the images with masks tinted",
 }
+METHODS = ("blosam", "joint", "swap")
+POSITIVE_KEYS = ("max_epochs", "batch_size", "val_interval")
 TRAIN_KEYS = [k for k in KEYS if k not in ("section", "threshold", "merge", "overlays")]
 EVALUATE_KEYS = [
     *("data_list", "dataset_dir", "output_dir", "device", "sam_checkpoint", "section", "threshold", "overlays"),
@@ -97,10 +100,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("blosam: interrupted; `blosam train --resume true` goes on from the last saved epoch.", file=sys.stderr)
         return 130
     except Exception as error:
+        from mlflow.exceptions import MlflowException  # a store that is unknown or does not answer
+
         cause = _root_cause(error)
-        if not isinstance(cause, (ValueError, OSError)):
+        if not isinstance(cause, (ValueError, OSError, MlflowException)):
             raise
-        print(f"blosam: {cause}", file=sys.stderr)
+        print(f"blosam: {' '.join(str(cause).splitlines())}", file=sys.stderr)
         return 1
     return 0
 
@@ -138,9 +143,7 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     datalist.add_argument("--seed", type=int, default=0, help="seed of the draw (default: 0)")
     datalist.add_argument("--n_validation", type=int, default=0, help="images kept for validation (default: 0)")
     datalist.add_argument("--n_testing", type=int, help="images to test on (default: all others)")
-    datalist.add_argument(
-        "--label_names", type=json.loads, help='JSON: {"lung": 1, "wheels": [2, 3]} (default: guessed)'
-    )
+    datalist.add_argument("--label_names", type=_json, help='JSON: {"lung": 1, "wheels": [2, 3]} (default: guessed)')
     datalist.add_argument("--label_coding", choices=("index", "threshold"), help="default: guessed from all labels")
     datalist.add_argument("--subject", help="regular expression on the file stem; its first group is the subject")
     datalist.add_argument("--image_suffix", default="", help="cut off image stems before pairing, as _0000")
@@ -173,7 +176,8 @@ def _add_keys(parser: _Parser, keys: Sequence[str], files: Sequence[str], *, req
         shown = "" if default is None or "default" in KEYS[key] or key in required else f" (default: {_show(default)})"
         parser.add_argument(
             f"--{key}",
-            type=_type_of(default),
+            type=_type_of(key, default),
+            choices=METHODS if key == "method" else None,
             required=key in required,
             default=argparse.SUPPRESS,
             help=KEYS[key] + shown,
@@ -185,11 +189,13 @@ def _show(default: Any) -> str:
     return json.dumps(default) if not isinstance(default, str) else ("computed" if default.startswith("$") else default)
 
 
-def _type_of(default: Any) -> Callable[[str], Any]:
+def _type_of(key: str, default: Any) -> Callable[[str], Any]:
+    if key == "device":
+        return _device
     if isinstance(default, bool):
         return _boolean
     if isinstance(default, int):
-        return _whole_number
+        return _positive_number if key in POSITIVE_KEYS else _whole_number
     if isinstance(default, float):
         return _number
     return _text
@@ -201,25 +207,53 @@ def _boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
-def _whole_number(text: str) -> int:
+def _whole_number(text: str, least: int = 0) -> int:
     try:
-        return int(text)
+        number = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}") from None
+    if number < least:
+        raise argparse.ArgumentTypeError(f"expected {least} or more, found {text!r}")
+    return number
+
+
+def _positive_number(text: str) -> int:
+    return _whole_number(text, least=1)
 
 
 def _number(text: str) -> float:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a number, found {text!r}") from None
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, found {text!r}")
+    return number
+
+
+def _device(text: str) -> str:
+    """A device that is there: asked of torch before anything is read."""
+    import torch
+
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError):
+        raise argparse.ArgumentTypeError(f"no device {text!r} on this machine; see `blosam doctor`") from None
+    return text
 
 
 def _text(text: str) -> Any:
     """A JSON list or object as such, anything else as text; MONAI would run text that begins with $ or @ as code."""
     if text[:1] in ("$", "@", "%"):
         raise argparse.ArgumentTypeError(f"{text!r} begins with {text[0]}, which a config would take for code")
-    return json.loads(text) if text[:1] in ("[", "{") else text
+    return _json(text) if text[:1] in ("[", "{") else text
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from None
 
 
 def _overrides(options: argparse.Namespace, keys: Sequence[str]) -> dict[str, Any]:

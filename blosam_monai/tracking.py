@@ -27,7 +27,10 @@ from monai.handlers import MLFlowHandler
 from blosam_monai import __version__
 from blosam_monai.data.datalist import SECTIONS
 from blosam_monai.data.readers import PathLike
+from blosam_monai.handlers import case_id
 from blosam_monai.metrics import write_rows
+from blosam_monai.networks.prompt_sam import PromptSam
+from blosam_monai.networks.sam import file_sha256
 
 set_telemetry_client()  # `python -m monai.bundle` imports MLflow before us: make it read our environment again
 
@@ -108,18 +111,21 @@ class BilevelMLFlowHandler(MLFlowHandler):
         self._delete_exist_param_in_dict(params)
         self._log_params(params)
 
-    def finish(self, output_dir: PathLike, data_list: PathLike, *, log_paths: bool = False) -> None:
-        """Log the artifacts and end the run as FINISHED; called when everything is done.
+    def finish(
+        self, output_dir: PathLike, data_list: PathLike, configs: Sequence[PathLike], options: Mapping[str, Any]
+    ) -> None:
+        """Log the scores and the artifacts, and end the run as FINISHED; called when everything is done.
 
-        Artifacts: adapters, settings, data list, table of cases, overlays. Without ``log_paths`` no name of a file,
-        subject or folder is among them.
+        Artifacts: adapters, table of cases, overlays, data list, and the executed config: its files and, as
+        ``options.json``, the values they ran with (``monai.bundle run --config_file ... --args_file options.json``).
+        Unless the option ``log_paths`` is set, no name of a file, subject or folder is among them.
         """
         scores = json.loads((Path(output_dir) / "summary.json").read_text(encoding="utf-8"))["scores"]
         for section, by_task in scores.items():
             for task, numbers in by_task.items():
                 self._log_metrics({f"{section}_{name}/{task}": value for name, value in numbers.items()})
         with tempfile.TemporaryDirectory() as folder:
-            collect_record(folder, output_dir, data_list, self.experiment_param or {}, log_paths=log_paths)
+            collect_record(folder, output_dir, data_list, configs, options)
             self._flush()
             self.client.log_artifacts(self.cur_run.info.run_id, folder)
         self._end("FINISHED")
@@ -199,22 +205,52 @@ def versions() -> dict[str, str]:
     }
 
 
+def describe_run(options: Mapping[str, Any], datalist: Mapping[str, Any], network: PromptSam) -> dict[str, Any]:
+    """What decides the result of a training, to compare and to repeat it by; no path and no name among it.
+
+    Args:
+        options: the values of the config's keys.
+        datalist: see ``load_datalist``; ``draw`` is its seed.
+        network: says which SAM weights it has.
+    """
+    supports = [*datalist["lower"], *datalist["upper"]]
+    return {
+        **{name: value for name, value in options.items() if name not in (*_PATHS, *_HOW_TO_RUN)},
+        "tasks": network.tasks,
+        "sam_weights": network.sam_weights,
+        "n_shot": len(supports),
+        "draw": datalist.get("seed", options["seed"]),
+        "supports": [case_id(item["image"]) for item in supports],
+        "data_list_name": datalist.get("name", ""),
+        "data_list_sha256": file_sha256(options["data_list"]),
+        "labels": datalist["labels"],
+        "label_coding": datalist["label_coding"],
+    }
+
+
 def collect_record(
-    folder: PathLike, output_dir: PathLike, data_list: PathLike, settings: Mapping[str, Any], *, log_paths: bool
+    folder: PathLike,
+    output_dir: PathLike,
+    data_list: PathLike,
+    configs: Sequence[PathLike],
+    options: Mapping[str, Any],
 ) -> None:
-    """Copy what MLflow keeps of a run: cases by ``case_id``, subjects by number unless ``log_paths``."""
-    folder, output_dir = Path(folder), Path(output_dir)
+    """Copy what MLflow keeps of a run: cases by ``case_id``, subjects by number unless the option ``log_paths``."""
+    folder, output_dir, log_paths = Path(folder), Path(output_dir), options["log_paths"]
     (folder / "overlays").mkdir(parents=True)
-    (folder / "settings.json").write_text(json.dumps(settings, indent=1, default=str), encoding="utf-8")
+    for config in configs:
+        shutil.copy(config, folder)
+    shown = {name: value for name, value in options.items() if log_paths or name not in _PATHS}
+    (folder / "options.json").write_text(json.dumps(shown, indent=1, default=str), encoding="utf-8")
     for model in sorted((output_dir / "models").glob("model.*")):
         shutil.copy(model, folder)
     shutil.copy(output_dir / "summary.json", folder)
     with open(output_dir / "cases.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    for case, name in {row["case"]: row["case"] if log_paths else row["case_id"] for row in rows}.items():
-        overlay = output_dir / "overlays" / f"{case}.png"
-        if overlay.is_file():  # none with overlays=false
-            shutil.copy(overlay, folder / "overlays" / f"{name}.png")
+    for row in rows:
+        overlay = output_dir / "overlays" / f"{row['case']}.png"
+        if overlay.is_file():  # the option `overlays` decides
+            shutil.copy(overlay, folder / "overlays" / f"{row['case' if log_paths else 'case_id']}.png")
     content = json.loads(Path(data_list).read_text(encoding="utf-8"))
     if not log_paths:
         rows = [{name: value for name, value in row.items() if name != "case"} for row in rows]
@@ -223,20 +259,26 @@ def collect_record(
     (folder / "data_list.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
+_PATHS = ("data_list", "dataset_dir", "output_dir", "ckpt_dir", "sam_checkpoint", "tracking_uri")
+_HOW_TO_RUN = ("device", "resume", "overwrite", "use_mlflow", "log_paths", "experiment_name", "run_name")
 _PUBLIC = ("labels", "label_coding", "n_shot", "seed")
 
 
 def _anonymous(content: dict[str, Any]) -> dict[str, Any]:
-    """A data list whose files are named by their hashes and whose subjects are numbered."""
+    """A data list whose files are named by their hashes (numbers where it has none), its subjects numbered."""
     hashes = content.get("sha256", {})
-    sections = [section for section in (*SECTIONS, "training") if section in content]
+    files: dict[str, str] = {}
     subjects: dict[str, str] = {}
+
+    def file_name(path: str) -> str:
+        return hashes[path][:12] if path in hashes else files.setdefault(path, f"file {len(files) + 1}")
+
     result: dict[str, Any] = {name: content[name] for name in _PUBLIC if name in content}
-    for section in sections:
+    for section in (section for section in (*SECTIONS, "training") if section in content):
         result[section] = [
             {
-                "image": hashes.get(item["image"], "")[:12],
-                "label": hashes.get(item["label"], "")[:12],
+                "image": file_name(str(item["image"])),
+                "label": file_name(str(item.get("label"))),
                 "subject": subjects.setdefault(str(item.get("subject", item["image"])), f"subject {len(subjects) + 1}"),
             }
             for item in content[section]

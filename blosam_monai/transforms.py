@@ -230,17 +230,16 @@ class SavePredictiond(MapTransform):
         probabilities = data[self.keys[0]].float().sigmoid().cpu()
         masks = probabilities > self.threshold
         if self.merge == "argmax":
-            label = merge_tasks(probabilities, list(self.values.values()), self.threshold)
-            self._write(f"{source.stem}.png", label.numpy())
+            merged = merge_tasks(probabilities, list(self.values.values()), self.threshold)
+            labels = {self.output_dir / f"{source.stem}.png": merged.numpy()}
         else:
-            for name, mask in zip(self.values, masks, strict=True):
-                self._write(f"{source.stem}_{name}.png", 255 * mask.numpy())
+            named = zip(self.values, masks, strict=True)
+            labels = {self.output_dir / f"{source.stem}_{name}.png": 255 * mask.numpy() for name, mask in named}
+        for path in labels:
+            if path.exists() and not self.overwrite:
+                raise FileExistsError(f"{path}: exists; choose another output_dir or add overwrite=true.")
+        for path, label in labels.items():
+            write_label(path, label)
         if self.overlays:
             write_overlay(self.output_dir / "overlays" / f"{source.stem}.png", read_image(source), masks.numpy())
         return dict(data)
-
-    def _write(self, name: str, label: np.ndarray) -> None:
-        path = self.output_dir / name
-        if path.exists() and not self.overwrite:
-            raise FileExistsError(f"{path}: exists; choose another output_dir or add overwrite=true.")
-        write_label(path, label)

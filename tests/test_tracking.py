@@ -72,6 +72,7 @@ def test_both_levels_and_every_task_have_their_curves(tracked):
     steps = {k: [m.step for m in client.get_metric_history(run.info.run_id, k)] for k in run.data.metrics}
     for name in ("loss", "upper_loss", "lr_lower", "lr_upper", "prompt_norm", "hypergradient_norm"):
         assert steps[name] == [1, 2, 3, 4], name  # two epochs of two images
+    assert len(run.data.params["supports"].split(",")) == 4
     for task in ("lung", "heart"):
         assert steps[f"train_dice/{task}"] == [1, 2]
         assert steps[f"val_dice/{task}"] == [0, 1, 2]  # 0: before the first step
@@ -87,7 +88,15 @@ def test_the_artifacts_name_no_file_and_no_subject(tracked):
     output_dir, store = tracked
     (record,) = [p.parent for p in store.parent.rglob("artifacts/cases.csv") if _method(p.parent) == "blosam"]
     names = {str(p.relative_to(record)) for p in record.rglob("*") if p.is_file()}
-    assert {"model.safetensors", "model.json", "settings.json", "data_list.json", "cases.csv", "summary.json"} <= names
+    assert {
+        "model.safetensors",
+        "model.json",
+        "options.json",
+        "train.json",
+        "data_list.json",
+        "cases.csv",
+        "summary.json",
+    } <= names
     assert len([name for name in names if name.startswith("overlays/")]) == 6  # 4 supports, 2 for validation
     for path in record.rglob("*"):
         assert "phantom" not in path.name
@@ -122,4 +131,4 @@ def test_nothing_is_told_to_anybody():
 
 
 def _method(record: Path) -> str:
-    return json.loads((record / "settings.json").read_text())["method"]
+    return json.loads((record / "options.json").read_text())["method"]

@@ -1,1 +1,1 @@
-"""Data."""
+"""From files to tensors and back: readers, writers, data lists, embeddings, phantoms."""

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from blosam_monai.engines.hypergradient import METHODS, LowerStep, adamw_jacobian, task_norm
 
 UPPER_LOSS = "upper_loss"
+TRAININGS = ("blosam", "joint", "swap")
 
 
 class BilevelEvents(EventEnum):
@@ -38,6 +39,18 @@ def prepare_embedding_batch(
         batchdata[key].to(device=device, non_blocking=non_blocking, **kwargs) for key in ("embedding", CommonKeys.LABEL)
     )
     return embedding, label
+
+
+def split_variables(network: Any, method: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Theta and phi of a network with ``lower_parameters`` and ``upper_parameters``: exchanged by ``swap``.
+
+    Raises:
+        ValueError: an unknown method.
+    """
+    if method not in TRAININGS:
+        raise ValueError(f"method: {method!r} is not one of {', '.join(TRAININGS)}.")
+    lower, upper = network.lower_parameters(), network.upper_parameters()
+    return (upper, lower) if method == "swap" else (lower, upper)
 
 
 class BilevelTrainer(Trainer):
@@ -63,7 +76,7 @@ class BilevelTrainer(Trainer):
         crossfit: D1 and D2 swap roles at every second iteration, so that theta too learns from all images.
         prepare_batch: batch -> (inputs, label); default: the image embedding.
         inferer: MONAI inferer, default ``SimpleInferer``.
-        amp: bfloat16 autocast of the network, on CUDA only, not with ``exact``.
+        amp: bfloat16 autocast of the network, on CUDA and with ``first_order`` only.
 
     Source: Zhang et al. 2024 (BLO-SAM), section 3; what differs is listed in docs/explanation/differences.md.
     """
@@ -237,7 +250,7 @@ def _check_options(hypergradient: str, crossfit: bool, amp: bool, *, joint: bool
         raise ValueError(
             "joint training has no upper level: drop crossfit and hypergradient, or choose another method."
         )
-    if amp and hypergradient == "exact":
-        raise ValueError("amp: the exact hypergradient needs float32; drop amp or choose another hypergradient.")
+    if amp and hypergradient != "first_order":
+        raise ValueError(f"amp: the hypergradient {hypergradient} needs float32; drop amp or choose first_order.")
     if amp and device.type != "cuda":
         raise ValueError(f"amp: bfloat16 is offered on CUDA only, the device is {device.type}; drop amp.")

@@ -78,8 +78,9 @@ def finite_difference(
 
     Args:
         upper_loss, phi, step, max_ratio: see ``exact``.
-        radius: length of the displacement of theta, task by task. The paper's 0.01 crosses many kinks of SAM's ReLUs
-            and is 70 % off there; 1e-4 is right to 4e-4 in float32.
+        radius: length of the displacement of theta, task by task. The paper's 0.01 crosses many kinks of SAM's ReLUs.
+            At 1e-4 float64 is right to 1e-8; float32 is off by 1 % after 20 steps and by 100 % in the first five,
+            where D is large in elements that hardly count. ``exact`` has neither trouble.
     """
     first, direction, loss = _upper_gradients(upper_loss, phi, step)
     length = task_norm(direction)

@@ -117,7 +117,7 @@ def build_sam(model: str, image_size: int, checkpoint: str | os.PathLike[str] | 
         logger.warning("SAM %s has random weights: it shows that the machine runs, not accuracy.", model)
         return sam.eval()
     published = checkpoint is None or checkpoint == DOWNLOAD
-    path = find_checkpoint(model, fetch=checkpoint == DOWNLOAD) if published else Path(checkpoint)
+    path = Path(checkpoint) if checkpoint and not published else find_checkpoint(model, fetch=checkpoint == DOWNLOAD)
     sam = _assemble(size, image_size)
     sam.load_state_dict(_read_state(path, sam, model))
     sam.weights = file_sha256(path)
