@@ -101,10 +101,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         from mlflow.exceptions import MlflowException  # a store that is unknown or does not answer
+        from tqdm import tqdm
 
         cause = _root_cause(error)
         if not isinstance(cause, (ValueError, OSError, MlflowException)):
             raise
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()  # or the message would stand at the end of its line
         print(f"blosam: {' '.join(str(cause).splitlines())}", file=sys.stderr)
         return 1
     return 0

@@ -180,6 +180,18 @@ class BestAdapters:
         self.epoch[tasks] = epoch
 
 
+def check_state(path: PathLike, *, resume: bool, overwrite: bool) -> None:
+    """Refuse to resume what is not there, or to train over what is; asked before anything is read or written."""
+    exists = Path(path).is_file()
+    if resume and not exists:
+        raise FileNotFoundError(f"resume: {path} does not exist; start without resume.")
+    if exists and not resume and not overwrite:
+        raise FileExistsError(
+            f"output_dir: {Path(path).parent} holds an earlier training; choose another output_dir, go on with "
+            "resume=true, or replace it with overwrite=true."
+        )
+
+
 class TrainingState:
     """Save the whole state of a training as it goes, and restore it exactly.
 
@@ -200,13 +212,9 @@ class TrainingState:
 
     def prepare(self, trainer: Engine, *, resume: bool, overwrite: bool) -> None:
         """Restore the state if ``resume``; else refuse to write over an earlier training unless ``overwrite``."""
+        check_state(self.path, resume=resume, overwrite=overwrite)
         if resume:
             self._restore(trainer)
-        elif self.path.exists() and not overwrite:
-            raise FileExistsError(
-                f"output_dir: {self.path.parent} holds an earlier training; choose another output_dir, go on with "
-                "resume=true, or replace it with overwrite=true."
-            )
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self.save)
 
     def save(self, engine: Engine) -> None:
@@ -219,8 +227,6 @@ class TrainingState:
             torch.save({"epoch": epoch, "settings": self.settings, "objects": state}, part)
 
     def _restore(self, trainer: Engine) -> None:
-        if not self.path.is_file():
-            raise FileNotFoundError(f"resume: {self.path} does not exist; start without resume.")
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
         except Exception as error:

@@ -1,0 +1,317 @@
+"""The best adapters of each task, and a training that goes on where it was stopped."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+
+from blosam_monai.__main__ import main
+from blosam_monai.handlers import BestAdapters, TrainingState
+from blosam_monai.networks.adapters import read_adapters
+from blosam_monai.networks.prompt_sam import PromptSam
+
+
+@pytest.fixture
+def network() -> PromptSam:
+    return PromptSam("tiny", 64, "random", tasks=("lung", "heart"))
+
+
+class ScriptedRun:
+    """A trainer and an evaluator whose scores are given; after epoch n every trained number is n."""
+
+    def __init__(self, network: PromptSam, path: Path, *, selection: str) -> None:
+        self.network, self.path = network, path
+        self.trainer, self.evaluator = Engine(lambda engine, batch: None), Engine(lambda engine, batch: None)
+        self.best = BestAdapters(network, path, {}, selection=selection, evaluator=self.evaluator)
+        self.best.attach(self.trainer)
+
+    def epoch(self, number: int, *cases: tuple[float, float]) -> None:
+        """One epoch, then a validation with these Dice of the two tasks, case by case."""
+        with torch.no_grad():
+            for p in (*self.network.lower_parameters(), *self.network.upper_parameters()):
+                p.fill_(float(number))
+        self.trainer.state.epoch = self.evaluator.state.epoch = number
+        self.evaluator.state.metric_details = {"val_mean_dice": torch.tensor(cases)}
+        self.evaluator.fire_event(Events.EPOCH_COMPLETED)
+
+    def finish(self) -> None:
+        self.trainer.fire_event(Events.COMPLETED)
+
+    def written(self) -> dict[str, set[float]]:
+        """The epoch, or epochs, that the numbers in the file come from, task by task."""
+        state, _ = read_adapters(self.path)
+        return {name: {v for p in state.values() for v in p[t].unique().tolist()} for t, name in enumerate(self.tasks)}
+
+    @property
+    def tasks(self) -> list[str]:
+        return self.network.tasks
+
+
+def test_each_task_keeps_its_own_best_epoch(network, tmp_path):
+    run = ScriptedRun(network, tmp_path / "model.safetensors", selection="validation")
+    for number, dice in enumerate([(0.1, 0.2), (0.8, 0.3), (0.5, 0.6), (0.7, 0.9), (0.6, 0.1)]):
+        run.epoch(number, dice)
+    run.finish()
+    assert run.written() == {"lung": {1.0}, "heart": {3.0}}
+
+
+def test_the_file_says_which_epoch_and_dice_each_task_was_chosen_for(network, tmp_path):
+    run = ScriptedRun(network, tmp_path / "model.safetensors", selection="validation")
+    run.epoch(1, (0.5, 0.25))
+    run.epoch(2, (0.25, 0.5))
+    run.finish()
+    settings = json.loads((tmp_path / "model.json").read_text(encoding="utf-8"))
+    assert settings["selection"] == "validation"
+    assert settings["selected_epoch"] == {"lung": 1, "heart": 2}
+    assert settings["selected_dice"] == {"lung": 0.5, "heart": 0.5}
+
+
+def test_the_earlier_of_two_equal_scores_is_kept(network, tmp_path):
+    run = ScriptedRun(network, tmp_path / "model.safetensors", selection="validation")
+    for number in (1, 2):
+        run.epoch(number, (0.5, 0.5))
+    run.finish()
+    assert run.written() == {"lung": {1.0}, "heart": {1.0}}
+
+
+def test_a_score_is_the_mean_over_cases_that_have_one(network, tmp_path):
+    run = ScriptedRun(network, tmp_path / "model.safetensors", selection="validation")
+    run.epoch(1, (0.6, 0.2), (0.2, math.nan))  # means 0.4 and 0.2
+    run.epoch(2, (0.5, 0.1), (0.1, 0.1))  # means 0.3 and 0.1
+    run.finish()
+    assert run.written() == {"lung": {1.0}, "heart": {1.0}}
+
+
+def test_the_file_holds_the_best_so_far_before_the_training_ends(network, tmp_path):
+    run = ScriptedRun(network, tmp_path / "model.safetensors", selection="validation")
+    run.epoch(1, (0.8, 0.3))
+    run.epoch(2, (0.5, 0.6))
+    assert run.written() == {"lung": {1.0}, "heart": {2.0}}
+
+
+def test_selection_last_takes_the_last_epoch_whatever_the_scores(network, tmp_path):
+    run = ScriptedRun(network, tmp_path / "model.safetensors", selection="last")
+    run.epoch(1, (0.9, 0.9))
+    run.epoch(2, (0.1, 0.1))
+    run.finish()
+    assert run.written() == {"lung": {2.0}, "heart": {2.0}}
+
+
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        ("validation", "selection: validation needs a validation set that is not empty; use last"),
+        ("best", "selection: 'best' is not one of last, upper, validation"),
+    ],
+)
+def test_a_selection_that_nothing_can_score_is_refused(network, tmp_path, selection, message):
+    with pytest.raises(ValueError, match=message):
+        BestAdapters(network, tmp_path / "model.safetensors", {}, selection=selection, evaluator=None)
+
+
+def test_a_resumed_run_does_not_replace_a_better_model_by_a_worse_one(network, tmp_path):
+    path = tmp_path / "model.safetensors"
+    first = ScriptedRun(network, path, selection="validation")
+    first.epoch(1, (0.9, 0.4))
+    first.trainer.state.max_epochs = 3
+    TrainingState(tmp_path / "state.pt", {"best": first.best}, {}).save(first.trainer)
+
+    second = ScriptedRun(network, path, selection="validation")
+    second.trainer.state.epoch_length = 1
+    TrainingState(tmp_path / "state.pt", {"best": second.best}, {}).prepare(
+        second.trainer, resume=True, overwrite=False
+    )
+    second.epoch(2, (0.5, 0.5))
+    second.finish()
+    assert second.written() == {"lung": {1.0}, "heart": {2.0}}
+
+
+def test_the_state_is_saved_at_its_interval_and_after_the_last_epoch(tmp_path):
+    trainer = Engine(lambda engine, batch: None)
+    saved = []
+    state = TrainingState(tmp_path / "state.pt", {}, {}, interval=2)
+    state.prepare(trainer, resume=False, overwrite=False)
+
+    @trainer.on(Events.EPOCH_COMPLETED)
+    def note() -> None:
+        path = tmp_path / "state.pt"
+        saved.append(torch.load(path, weights_only=True)["epoch"] if path.exists() else None)
+
+    trainer.run([0], max_epochs=5)
+    assert saved == [None, 2, 2, 4, 5]
+
+
+RUNS = {
+    "validation": {"selection": "validation", "hypergradient": "first_order"},
+    "crossfit": {"selection": "last", "crossfit": "true"},
+}
+
+
+def train(phantoms: Path, output_dir: Path, **options: object) -> int:
+    """A training of the bundle of four epochs at 64 pixels; returns the exit status."""
+    settings = {
+        "data_list": phantoms / "list.json",
+        "dataset_dir": phantoms,
+        "output_dir": output_dir,
+        "image_size": 64,
+        "max_epochs": 4,
+        "val_interval": 1,
+        "use_mlflow": "false",
+        **options,
+    }
+    return main(["train", *(str(word) for key, value in settings.items() for word in (f"--{key}", value))])
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def finished(request, phantoms, tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    """A training that ran through, and its options. Shared: tests must not change it."""
+    output_dir = tmp_path_factory.mktemp(request.param) / "out"
+    assert train(phantoms, output_dir, **RUNS[request.param]) == 0
+    return output_dir, RUNS[request.param]
+
+
+@pytest.fixture
+def done(finished, tmp_path) -> Path:
+    """A copy of a finished training."""
+    return shutil.copytree(finished[0], tmp_path / "copy")
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def assert_same(found, expected, where: str = "state") -> None:
+    """Equal to the bit, through dictionaries and lists."""
+    assert type(found) is type(expected), where
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected), where
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key, value in expected.items():
+            assert_same(found[key], value, f"{where}.{key}")
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected), where
+        for i, value in enumerate(expected):
+            assert_same(found[i], value, f"{where}.{i}")
+    else:
+        assert found == expected, where
+
+
+def stop_after(monkeypatch, epoch: int) -> None:
+    save = TrainingState.save
+
+    def save_and_stop(self, engine):
+        save(self, engine)
+        if engine.state.epoch == epoch:
+            raise RuntimeError("the power is gone")
+
+    monkeypatch.setattr(TrainingState, "save", save_and_stop)
+
+
+@pytest.fixture(scope="module")
+def resumed(finished, phantoms, tmp_path_factory) -> Path:
+    """The same training stopped after its second epoch, and resumed."""
+    output_dir = tmp_path_factory.mktemp("resumed") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(RuntimeError) as stopped:
+            train(phantoms, output_dir, **finished[1])
+    assert "the power is gone" in str(stopped.getrepr(chain=True))
+    assert train(phantoms, output_dir, **finished[1], resume="true") == 0
+    return output_dir
+
+
+def test_a_resumed_training_ends_with_the_same_model_to_the_bit(finished, resumed):
+    model = Path("models", "model.safetensors")
+    assert (resumed / model).read_bytes() == (finished[0] / model).read_bytes()
+
+
+def test_a_resumed_training_ends_in_the_same_state_to_the_bit(finished, resumed):
+    states = [torch.load(folder / "models" / "state.pt", weights_only=True) for folder in (resumed, finished[0])]
+    assert_same(*states)
+
+
+def test_a_resumed_training_has_the_same_table_of_cases(finished, resumed):
+    assert (resumed / "cases.csv").read_bytes() == (finished[0] / "cases.csv").read_bytes()
+
+
+def test_resuming_a_finished_training_changes_nothing(finished, done, phantoms):
+    assert train(phantoms, done, **finished[1], resume="true") == 0
+    before, after = files_of(finished[0]), files_of(done)
+    assert [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)] == []
+
+
+# What follows does not depend on the options of the training: one of the two is enough.
+one_training = pytest.mark.parametrize("finished", ["crossfit"], indirect=True)
+
+
+def refusal(capsys, status: int) -> str:
+    """The one line in which the command line says why it refused."""
+    assert status == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("blosam: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@one_training
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"lower_lr": "0.001"}, "resume: lower_lr was 0.005 and is now 0.001; go on with the same settings"),
+        ({"max_epochs": "6"}, "resume: max_epochs was 4 and is now 6"),
+        ({"hypergradient": "exact"}, "resume: hypergradient was 'first_order' and is now 'exact'"),
+    ],
+)
+def test_a_changed_setting_is_refused_by_name_and_nothing_is_touched(
+    finished, done, phantoms, capsys, changed, message
+):
+    line = refusal(capsys, train(phantoms, done, **finished[1], **changed, resume="true"))
+    assert message in line
+    assert files_of(done) == files_of(finished[0])
+
+
+@one_training
+def test_a_missing_state_file_is_named(finished, done, phantoms, capsys):
+    path = done / "models" / "state.pt"
+    path.unlink()
+    line = refusal(capsys, train(phantoms, done, **finished[1], resume="true"))
+    assert line == f"blosam: resume: {path} does not exist; start without resume."
+
+
+@one_training
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_a_truncated_state_file_is_named(finished, done, phantoms, capsys, share):
+    path = done / "models" / "state.pt"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    line = refusal(capsys, train(phantoms, done, **finished[1], resume="true"))
+    assert line.startswith(f"blosam: resume: {path} is damaged")
+
+
+@one_training
+def test_a_second_training_into_the_same_folder_is_refused_and_nothing_is_touched(finished, done, phantoms, capsys):
+    line = refusal(capsys, train(phantoms, done, **finished[1]))
+    assert line.startswith(f"blosam: output_dir: {done / 'models'} holds an earlier training; choose another")
+    assert files_of(done) == files_of(finished[0])
+
+
+@one_training
+def test_overwrite_replaces_an_earlier_training(finished, done, phantoms):
+    assert train(phantoms, done, **finished[1], overwrite="true", max_epochs=1) == 0
+    assert torch.load(done / "models" / "state.pt", weights_only=True)["epoch"] == 1
+
+
+def test_selection_by_validation_without_a_validation_set_is_refused_before_anything_is_written(
+    phantoms, tmp_path, capsys
+):
+    datalist = json.loads((phantoms / "list.json").read_text(encoding="utf-8"))
+    datalist["testing"] += datalist["validation"]
+    datalist["validation"] = []
+    (tmp_path / "list.json").write_text(json.dumps(datalist), encoding="utf-8")
+    status = train(phantoms, tmp_path / "out", data_list=tmp_path / "list.json", selection="validation")
+    assert "selection: validation needs a validation set that is not empty; use last" in refusal(capsys, status)
+    assert not (tmp_path / "out").exists()
