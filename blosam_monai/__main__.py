@@ -61,7 +61,6 @@ KEYS = {
     "merge": "argmax (one label map) or separate (one mask a task)",
     "overlays": "also write the images with masks tinted",
 }
-METHODS = ("blosam", "joint", "swap")
 POSITIVE_KEYS = ("max_epochs", "batch_size", "val_interval")
 TRAIN_KEYS = [k for k in KEYS if k not in ("section", "threshold", "merge", "overlays")]
 EVALUATE_KEYS = [
@@ -180,7 +179,6 @@ def _add_keys(parser: _Parser, keys: Sequence[str], files: Sequence[str], *, req
         parser.add_argument(
             f"--{key}",
             type=_type_of(key, default),
-            choices=METHODS if key == "method" else None,
             required=key in required,
             default=argparse.SUPPRESS,
             help=KEYS[key] + shown,

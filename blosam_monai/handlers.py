@@ -60,10 +60,12 @@ class CaseTableHandler:
         self.settings = {**settings, "nsd_tolerance_pixels": nsd_tolerance}
         self.nsd_tolerance = nsd_tolerance
         self.rows: list[dict[str, Any]] = []
+        self.source_of: dict[str, str] = {}  # case name -> image file
 
     def attach(self, engine: Engine) -> None:
         """Attach to an evaluator."""
         engine.add_event_handler(Events.STARTED, self.rows.clear)
+        engine.add_event_handler(Events.STARTED, self.source_of.clear)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.score)
         engine.add_event_handler(Events.COMPLETED, self.write)
 
@@ -72,11 +74,14 @@ class CaseTableHandler:
         for item, output in zip(engine.state.batch, engine.state.output, strict=True):
             source, pred, label = item["source"], output[CommonKeys.PRED].cpu(), output[CommonKeys.LABEL].cpu()
             scores = case_scores(pred, label, nsd_tolerance=self.nsd_tolerance)
+            identity, name = case_id(source), Path(source).stem
+            if self.source_of.setdefault(name, source) != source:
+                name = f"{name}_{identity}"  # a picture of the same stem in another folder
             for t, task in enumerate(self.tasks):
                 self.rows.append(
                     {
-                        "case": Path(source).stem,
-                        "case_id": case_id(source),
+                        "case": name,
+                        "case_id": identity,
                         "section": item["section"],
                         "task": task,
                         **{name: float(values[t]) for name, values in scores.items()},
@@ -85,7 +90,7 @@ class CaseTableHandler:
                     }
                 )
             if self.overlays:
-                path = self.output_dir / "overlays" / f"{Path(source).stem}.png"
+                path = self.output_dir / "overlays" / f"{name}.png"
                 write_overlay(path, read_image(source), pred.numpy(), label.numpy())
 
     def write(self, engine: Engine) -> None:

@@ -254,7 +254,10 @@ def write_datalist(path: PathLike, datalist: dict[str, Any]) -> None:
 
 
 def split_halves(items: Sequence[Item], *, seed: int) -> tuple[list[Item], list[Item]]:
-    """Two halves, D1 and D2, disjoint by subject, as equal as the subjects allow; of an odd number D2 has one more."""
+    """Two halves, D1 and D2, disjoint by subject, filled in random order; of an odd number of images D2 has one more.
+
+    Where subjects have several images each, D1 takes those that still fit into half of the images (at least one).
+    """
     subjects = sorted({item["subject"] for item in items})
     order = np.random.default_rng(seed).permutation(len(subjects))
     lower: list[Item] = []

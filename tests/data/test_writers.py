@@ -1,0 +1,99 @@
+"""Writing: whole or not at all, and what was meant."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from blosam_monai.data.readers import read_label
+from blosam_monai.data.writers import COLOURS, atomic, write_label, write_overlay
+
+
+def write_half(path: Path) -> None:
+    with atomic(path) as part:
+        part.write_text("half")
+        raise RuntimeError("halfway")
+
+
+def test_a_failing_block_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError, match="halfway"):
+        write_half(tmp_path / "new" / "x.txt")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_failing_block_keeps_the_earlier_file(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("earlier")
+    with pytest.raises(RuntimeError, match="halfway"):
+        write_half(path)
+    assert path.read_text() == "earlier"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_file_appears_only_when_the_block_ends(tmp_path):
+    path = tmp_path / "x.txt"
+    with atomic(path) as part:
+        part.write_text("all of it")
+        assert not path.exists()
+    assert path.read_text() == "all of it"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("greatest", "mode"), [(0, "L"), (1, "L"), (255, "L"), (256, "I;16"), (65535, "I;16")])
+def test_label_values_survive_in_the_fewest_bits(tmp_path, greatest, mode):
+    label = np.zeros((16, 24), dtype=np.int64)
+    label[2:5, 7:20] = greatest
+    write_label(tmp_path / "x.png", label)
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.mode == mode
+        assert picture.size == (24, 16)
+    assert np.array_equal(read_label(tmp_path / "x.png"), label)
+
+
+@pytest.mark.parametrize("value", [-1, 65536])
+def test_a_label_value_that_a_png_cannot_hold_is_refused(tmp_path, value):
+    with pytest.raises(ValueError, match=rf"x\.png: .*{value}"):
+        write_label(tmp_path / "x.png", np.full((4, 4), value))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_overlay_tints_the_predicted_pixels_only(tmp_path):
+    image = np.full((3, 16, 24), 100, dtype=np.float32)
+    pred = np.zeros((2, 16, 24), dtype=bool)
+    pred[0, 2:6, 3:9] = True
+    pred[1, 10:14, 15:22] = True
+    write_overlay(tmp_path / "x.png", image, pred)
+    with Image.open(tmp_path / "x.png") as picture:
+        shown = np.asarray(picture)
+    assert shown.shape == (16, 24, 3)
+    assert (shown[~pred.any(0)] == 100).all()
+    for mask, colour in zip(pred, COLOURS, strict=False):
+        assert np.abs(shown[mask] - (0.6 * 100 + 0.4 * colour)).max() <= 1  # 40 % of the task's colour
+    assert len({tuple(shown[mask][0]) for mask in pred}) == 2
+
+
+def test_an_overlay_outlines_the_label_in_white_outside_of_it(tmp_path):
+    image = np.full((3, 16, 16), 100, dtype=np.float32)
+    label = np.zeros((1, 16, 16), dtype=bool)
+    label[0, 6:10, 6:10] = True
+    write_overlay(tmp_path / "x.png", image, np.zeros_like(label), label)
+    with Image.open(tmp_path / "x.png") as picture:
+        white = (np.asarray(picture) == 255).all(-1)
+    y, x = np.mgrid[:16, :16]
+    distance = np.maximum(6 - y, y - 9).clip(0) + np.maximum(6 - x, x - 9).clip(0)  # city block, to the square
+    assert np.array_equal(white, (distance == 1) | (distance == 2))
+
+
+def test_an_overlay_does_not_change_its_image(tmp_path):
+    image = np.full((3, 8, 8), 100, dtype=np.float32)
+    write_overlay(tmp_path / "x.png", image, np.ones((1, 8, 8)))
+    assert (image == 100).all()
+
+
+def test_more_tasks_than_colours_are_drawn(tmp_path):
+    pred = np.zeros((9, 9, 9), dtype=bool)
+    pred[np.arange(9), np.arange(9)] = True
+    write_overlay(tmp_path / "x.png", np.zeros((3, 9, 9), dtype=np.float32), pred)
+    with Image.open(tmp_path / "x.png") as picture:
+        assert np.asarray(picture).any(-1).all()

@@ -1,0 +1,379 @@
+"""What a user gets wrong: one line with the file or argument, the finding and the remedy, and nothing left behind."""
+
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from blosam_monai.__main__ import main
+from blosam_monai.data.readers import list_images, read_label
+
+FAST = ["--image_size", "64", "--max_epochs", "1"]
+
+
+@pytest.fixture(autouse=True)
+def _own_logging():
+    """A run sets up logging for its process; the next test has its own."""
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = before
+
+
+@pytest.fixture
+def data(phantoms, tmp_path) -> Path:
+    """A data set of its own to spoil; the list keeps no hashes, so that the spoilt file itself is found out."""
+    folder = tmp_path / "data"
+    shutil.copytree(phantoms, folder)
+    write_list(folder, {**read_list(folder), "sha256": {}})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(phantoms, tmp_path_factory) -> Path:
+    """A training that went well, with the options of the trainings below."""
+    output_dir = tmp_path_factory.mktemp("model") / "train"
+    listed = ["--data_list", str(phantoms / "list.json"), "--dataset_dir", str(phantoms)]
+    assert main(["train", *listed, "--output_dir", str(output_dir), *FAST, "--use_mlflow", "false"]) == 0
+    return output_dir
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs a command that must fail; returns the one line that it says."""
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as end:  # argparse
+            status = end.code
+        error = capsys.readouterr().err
+        assert status not in (0, None)
+        assert "Traceback" not in error
+        said = [line for line in error.splitlines() if line.startswith("blosam:")]  # the others are progress bars
+        assert len(said) == 1
+        assert said[0] == error.splitlines()[-1]
+        return said[0]
+
+    return run
+
+
+def read_list(folder: Path) -> dict:
+    return json.loads((folder / "list.json").read_text(encoding="utf-8"))
+
+
+def write_list(folder: Path, content: dict) -> None:
+    (folder / "list.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def support(folder: Path, key: str, section: str = "lower") -> Path:
+    """The file of a section's first item, as ``<name of the file>`` in the messages below."""
+    return folder / read_list(folder)[section][0][key]
+
+
+def change_pixels(path: Path, change) -> None:
+    with Image.open(path) as picture:
+        pixels = np.array(picture)
+    Image.fromarray(change(pixels)).save(path)
+
+
+def cut_off(path: Path) -> Path:
+    path.write_bytes(path.read_bytes()[:600])
+    return path
+
+
+def files_below(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+# Each spoils the data set and returns the name that the message must hold, and the options to train with.
+
+
+def missing_file(folder):
+    path = support(folder, "image", "upper")
+    path.unlink()
+    return path.name, []
+
+
+def truncated_image(folder):
+    return cut_off(support(folder, "image")).name, []
+
+
+def truncated_validation_image(folder):
+    return cut_off(support(folder, "image", "validation")).name, []
+
+
+def truncated_label(folder):
+    return cut_off(support(folder, "label")).name, []
+
+
+def label_of_another_size(folder):
+    path = support(folder, "label", "upper")
+    change_pixels(path, lambda label: label[:, 32:])
+    return path.name, []
+
+
+def foreign_label_value(folder):
+    path = support(folder, "label")
+    change_pixels(path, lambda label: np.where(label == 2, 7, label).astype(np.uint8))
+    return path.name, []
+
+
+def empty_label(folder):
+    path = support(folder, "label", "upper")
+    change_pixels(path, np.zeros_like)
+    return path.name, []
+
+
+def subject_in_both_halves(folder):
+    content = read_list(folder)
+    content["upper"][0]["subject"] = content["lower"][0]["subject"]
+    write_list(folder, content)
+    return content["lower"][0]["subject"], []
+
+
+def one_support(folder):
+    content = read_list(folder)
+    write_list(folder, {**content, "lower": [], "upper": content["upper"][:1]})
+    return "list.json", []
+
+
+def constant_image(folder):
+    path = support(folder, "image")
+    change_pixels(path, lambda film: np.full_like(film, 9))
+    return path.name, []
+
+
+def nan_image(folder):
+    content = read_list(folder)
+    path = folder / "images" / "film.tif"
+    values = np.random.default_rng(0).uniform(0, 1, (224, 288)).astype(np.float32)
+    values[5, 6] = np.nan
+    Image.fromarray(values).save(path)
+    content["lower"][0]["image"] = "images/film.tif"
+    write_list(folder, content)
+    return path.name, []
+
+
+def text_as_checkpoint(folder):
+    (folder / "sam.pth").write_text("not a checkpoint")
+    return "sam.pth", ["--sam_checkpoint", folder / "sam.pth"]
+
+
+def other_networks_checkpoint(folder):
+    torch.save({"conv.weight": torch.zeros(2)}, folder / "unet.pth")
+    return "unet.pth", ["--sam_checkpoint", folder / "unet.pth"]
+
+
+def changed_since_listed(folder):
+    content = read_list(folder)
+    write_list(folder, {**content, "sha256": {content["lower"][0]["image"]: "0" * 64}})
+    return support(folder, "image").name, []
+
+
+BAD_DATA = {
+    missing_file: "listed in .* but missing; check dataset_dir",
+    truncated_image: "cannot be read as a picture .*; export it again",
+    truncated_validation_image: "cannot be read as a picture .*; export it again",
+    truncated_label: "cannot be read as a picture .*; export it again",
+    label_of_another_size: r"label has shape \(224, 256\), its image \(224, 288\); export the label again",
+    foreign_label_value: "label value 7 is not in the data list's labels .*; add it there",
+    empty_label: r"the label is empty for lung, heart; replace this image \(upper set\)",
+    subject_in_both_halves: "is in lower and in upper; keep it in one of them",
+    one_support: "1 support images of 1 subjects; at least 2 of 2 subjects are needed",
+    constant_image: "every pixel has the same value; repair or leave out the image",
+    nan_image: "holds NaN or infinite values; repair or leave out the image",
+    text_as_checkpoint: "sam_checkpoint: .* cannot be read as a SAM checkpoint .*; replace it",
+    other_networks_checkpoint: "sam_checkpoint: .* is not a tiny: .* choose the sam_model",
+    changed_since_listed: "has changed since .* was made; make the list again",
+}
+
+
+@pytest.mark.parametrize("spoil", BAD_DATA, ids=lambda spoil: spoil.__name__)
+def test_bad_data_stop_a_training_before_it_writes(data, tmp_path, refused, spoil):
+    name, options = spoil(data)
+    output_dir = tmp_path / "out"
+    listed = ["--data_list", data / "list.json", "--dataset_dir", data, "--output_dir", output_dir]
+    said = refused("train", *listed, *FAST, *options)
+    assert name in said
+    assert re.search(BAD_DATA[spoil], said)
+    assert not output_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "finding"),
+    [
+        (["--tasks", '["liver"]'], r"tasks: \['liver'\] must be some of the labels lung, heart"),
+        (["--tasks", "liver"], r"tasks: \['liver'\] must be some of the labels lung, heart"),
+        (["--tasks", "[lung"], r"--tasks: '\[lung' is not JSON"),
+        (["--max_epoch", "3"], "unknown option --max_epoch; did you mean --max_epochs"),
+        (["--max_epochs", "0"], "--max_epochs: expected 1 or more, found '0'"),
+        (["--batch_size", "0"], "--batch_size: expected 1 or more, found '0'"),
+        (["--lower_lr=-1"], "--lower_lr: expected 0 or more, found '-1'"),
+        (["--lower_lr", "nan"], "--lower_lr: expected 0 or more, found 'nan'"),
+        (["--nsd_tolerance=-1"], "--nsd_tolerance: expected 0 or more, found '-1'"),
+        (["--sam_model", "vit_x"], "sam_model: 'vit_x' is not one of vit_b, vit_l, vit_h, tiny"),
+        (["--image_size", "65"], "image_size: 65 is not a positive multiple of the patch, 16 pixels"),
+        (["--method", "bilevel"], "--method: invalid choice: 'bilevel'"),
+        (["--hypergradient", "second"], "hypergradient: 'second' is not one of first_order"),
+        (["--selection", "best"], "selection: 'best' is not one of last, upper, validation"),
+        (["--preprocess", "squash"], "preprocess: 'squash' is not one of sam, paper"),
+        (["--head", "three"], "head: 'three' is not one of sam, two_token"),
+        (["--prompt", "sparse:0"], "prompt: 'sparse:0' is not dense, sparse:n or both:n"),
+        (["--lora_rank", "0"], "lora_rank: 0 must be at least 1"),
+        (["--dice_weight", "2"], r"dice_weight: 2\.0 is not in \[0, 1\]"),
+        (["--device", "abacus"], "--device: no device 'abacus' on this machine; see `blosam doctor`"),
+        (["--tracking_uri", "abacus://x"], "abacus"),
+        (["--data_list", "gone.json"], r"data_list: gone\.json does not exist; make one with `blosam datalist`"),
+        (["--sam_checkpoint", "gone.pth"], r"sam_checkpoint: gone\.pth does not exist; give a SAM checkpoint file"),
+        (["--resume", "true"], "resume: .* does not exist; start without resume"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_bad_option_stops_a_training_before_it_writes(phantoms, tmp_path, refused, options, finding):
+    output_dir = tmp_path / "out"
+    listed = ["--data_list", phantoms / "list.json", "--dataset_dir", phantoms, "--output_dir", output_dir]
+    said = refused("train", *listed, *FAST, *options)
+    assert re.search(finding, said)
+    assert not output_dir.exists() or not files_below(output_dir)
+
+
+def test_a_published_model_without_its_file_says_where_to_get_it(phantoms, tmp_path, refused, monkeypatch):
+    monkeypatch.setenv("BLOSAM_CACHE", str(tmp_path / "cache"))
+    listed = ["--data_list", phantoms / "list.json", "--dataset_dir", phantoms, "--output_dir", tmp_path / "out"]
+    said = refused("train", *listed, *FAST, "--sam_model", "vit_b")
+    assert "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_b_01ec64.pth" in said
+    assert str(tmp_path / "cache" / "sam_vit_b_01ec64.pth") in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_earlier_training_is_not_replaced(model, phantoms, refused):
+    before = {path: path.read_bytes() for path in files_below(model)}
+    listed = ["--data_list", phantoms / "list.json", "--dataset_dir", phantoms, "--output_dir", model]
+    said = refused("train", *listed, *FAST, "--use_mlflow", "false")
+    assert re.search("output_dir: .* holds an earlier training; choose another output_dir", said)
+    assert {path: path.read_bytes() for path in files_below(model)} == before
+
+
+# Predicting
+
+
+@pytest.fixture
+def films(phantoms, tmp_path) -> Path:
+    """A folder of three films, sorted a, b, c."""
+    folder = tmp_path / "films"
+    folder.mkdir()
+    for name, path in zip("abc", list_images(phantoms / "images"), strict=False):
+        shutil.copy(path, folder / f"{name}.png")
+    return folder
+
+
+def test_without_a_model_nothing_is_predicted(films, tmp_path, refused):
+    said = refused("predict", "--model", tmp_path / "gone", "--input", films, "--output_dir", tmp_path / "out")
+    assert re.search(r"model: .*gone/models/model\.safetensors does not exist; give a training's output_dir", said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_model_is_named(model, films, tmp_path, refused):
+    shutil.copytree(model / "models", tmp_path / "bad" / "models")
+    cut_off(tmp_path / "bad" / "models" / "model.safetensors")
+    said = refused("predict", "--model", tmp_path / "bad", "--input", films, "--output_dir", tmp_path / "out")
+    assert re.search(r"model: .*bad/models/model\.safetensors is damaged", said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_truncated_picture_is_named_and_the_masks_before_it_are_whole(model, films, tmp_path, refused):
+    cut_off(films / "b.png")
+    said = refused("predict", "--model", model, "--input", films, "--output_dir", tmp_path / "out")
+    assert re.search(r"films/b\.png: cannot be read as a picture .*; export it again", said)
+    assert sorted(str(p.relative_to(tmp_path / "out")) for p in files_below(tmp_path / "out")) == [
+        "a.png",
+        "overlays/a.png",
+    ]
+    assert read_label(tmp_path / "out" / "a.png").shape == (224, 288)
+
+
+def test_existing_masks_are_not_replaced(model, films, tmp_path, refused):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.png").write_bytes(b"someone's work")
+    arguments = ["--model", model, "--input", films, "--output_dir", tmp_path / "out"]
+    said = refused("predict", *arguments)
+    assert re.search(r"out/a\.png: exists; choose another output_dir or add overwrite=true", said)
+    assert [path.read_bytes() for path in files_below(tmp_path / "out")] == [b"someone's work"]
+
+
+def test_two_pictures_of_one_stem_are_named_before_either_is_predicted(model, films, tmp_path, refused):
+    with Image.open(films / "a.png") as picture:
+        picture.save(films / "a.jpg")
+    said = refused("predict", "--model", model, "--input", films, "--output_dir", tmp_path / "out")
+    assert re.search(r"films/a\.png: has the same stem as a\.jpg; rename or remove one of them", said)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "finding"),
+    [
+        (["--input", "gone"], "gone: no such file or folder"),
+        (["--merge", "vote"], "merge: 'vote' is not one of argmax, separate"),
+        (["--threshold", "1.5"], "threshold: 1.5 is not a probability"),
+        (["--treshold", "0.4"], "unknown option --treshold; did you mean --threshold"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_bad_option_stops_a_prediction(model, films, tmp_path, refused, options, finding):
+    said = refused("predict", "--model", model, "--input", films, "--output_dir", tmp_path / "out", *options)
+    assert re.search(finding, said)
+    assert not (tmp_path / "out").exists()
+
+
+# Evaluating
+
+
+def evaluate(model: Path, data: Path, output_dir: Path) -> list[object]:
+    listed = ["--data_list", data / "list.json", "--dataset_dir", data]
+    return ["evaluate", "--model", model, *listed, "--output_dir", output_dir]
+
+
+def test_a_list_without_test_images_is_not_evaluated(model, data, tmp_path, refused):
+    write_list(data, {**read_list(data), "testing": []})
+    said = refused(*evaluate(model, data, tmp_path / "out"))
+    assert re.search(r"list\.json: testing is empty; choose one of lower, upper, validation, testing", said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_section_is_refused(model, data, tmp_path, refused):
+    said = refused(*evaluate(model, data, tmp_path / "out"), "--section", "tests")
+    assert re.search("tests is empty; choose one of lower, upper, validation, testing", said)
+
+
+def test_a_truncated_test_image_leaves_no_table(model, data, tmp_path, refused):
+    name = cut_off(support(data, "image", "testing")).name
+    said = refused(*evaluate(model, data, tmp_path / "out"), "--use_mlflow", "false")
+    assert re.search(rf"{name}: cannot be read as a picture", said)
+    assert not (tmp_path / "out" / "cases.csv").exists()
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+# Making a list
+
+
+def test_a_list_that_cannot_be_drawn_is_not_written(data, tmp_path, refused):
+    folders = ["--images", data / "images", "--labels", data / "labels", "--dataset_dir", data]
+    said = refused("datalist", *folders, "--n_shot", "40", "--output", tmp_path / "new.json")
+    assert re.search("n_shot: 40 asked for, 10 labelled images found", said)
+    assert not (tmp_path / "new.json").exists()
+
+
+def test_a_label_without_image_is_named(data, tmp_path, refused):
+    support(data, "image").unlink()
+    folders = ["--images", data / "images", "--labels", data / "labels", "--dataset_dir", data]
+    said = refused("datalist", *folders, "--output", tmp_path / "new.json")
+    assert re.search(rf"labels/{support(data, 'label').name}: has no partner of stem", said)
+    assert not (tmp_path / "new.json").exists()
