@@ -64,10 +64,14 @@ class CaseTableHandler:
 
     def attach(self, engine: Engine) -> None:
         """Attach to an evaluator."""
-        engine.add_event_handler(Events.STARTED, self.rows.clear)
-        engine.add_event_handler(Events.STARTED, self.source_of.clear)
+        engine.add_event_handler(Events.STARTED, self.clear)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.score)
         engine.add_event_handler(Events.COMPLETED, self.write)
+
+    def clear(self, engine: Engine) -> None:
+        """Forget the cases of an earlier run of the evaluator."""
+        self.rows.clear()
+        self.source_of.clear()
 
     def score(self, engine: Engine) -> None:
         """Score the cases of this iteration; predictions are binary (T, H, W)."""

@@ -164,10 +164,12 @@ class PromptDecoder(nn.Module):
             )
         if self.tasks == 1:  # the same arithmetic without the detour through batched kernels
             single = {name: value[0] for name, value in stacked.items()}
-            return functional_call(self.template, single, (embedding[:, 0] if own else embedding,)).unsqueeze(1)
+            return functional_call(
+                self.template, single, (embedding[:, 0] if own else embedding,), tie_weights=False
+            ).unsqueeze(1)
 
         def decode(values: dict[str, Tensor], embedding: Tensor) -> Tensor:
-            return functional_call(self.template, values, (embedding,))
+            return functional_call(self.template, values, (embedding,), tie_weights=False)
 
         return torch.vmap(decode, in_dims=(0, 1 if own else None), out_dims=1)(stacked, embedding)
 
