@@ -46,15 +46,10 @@ N_SHOT = 4
 def draw_lists(folder: Path, labels: dict, coding: str, prefix: str | None, draws: int) -> list[dict]:
     """One data list a draw; across sites the supports have the prefix and the tests have not."""
     items = pair_folders(folder / "images", folder / "labels", folder)
-    own = [item for item in items if prefix is None or item["subject"].startswith(prefix)]
-    lists = [
-        make_datalist(own, labels, dataset_dir=folder, n_shot=N_SHOT, seed=seed, label_coding=coding)
+    return [
+        make_datalist(items, labels, dataset_dir=folder, n_shot=N_SHOT, seed=seed, label_coding=coding, support=prefix)
         for seed in range(draws)
     ]
-    if prefix is not None:
-        for datalist in lists:
-            datalist["testing"] = [item for item in items if not item["subject"].startswith(prefix)]
-    return lists
 
 
 def run_set(name: str, network: PromptSam, options: argparse.Namespace) -> list[dict]:

@@ -145,6 +145,7 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     datalist.add_argument("--seed", type=int, default=0, help="seed of the draw (default: 0)")
     datalist.add_argument("--n_validation", type=int, default=0, help="images kept for validation (default: 0)")
     datalist.add_argument("--n_testing", type=int, help="images to test on (default: all others)")
+    datalist.add_argument("--support", help="regular expression: stems to draw supports from, the rest are tests")
     datalist.add_argument("--label_names", type=_json, help='JSON: {"lung": 1, "wheels": [2, 3]} (default: guessed)')
     datalist.add_argument("--label_coding", choices=("index", "threshold"), help="default: guessed from all labels")
     datalist.add_argument("--subject", help="regular expression on the file stem; its first group is the subject")
@@ -338,6 +339,7 @@ def _datalist(options: argparse.Namespace) -> None:
         label_coding=coding,
         n_validation=options.n_validation,
         n_testing=options.n_testing,
+        support=options.support,
         name=options.name or content.get("name", ""),
         description=content.get("description", ""),
         license=content.get("license", content.get("licence", "unknown")),

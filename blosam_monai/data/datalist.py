@@ -118,6 +118,7 @@ def make_datalist(
     label_coding: str = "index",
     n_validation: int = 0,
     n_testing: int | None = None,
+    support: str | None = None,
     name: str = "",
     description: str = "",
     license: str = "unknown",
@@ -136,6 +137,8 @@ def make_datalist(
         seed: of the draw.
         n_validation: images kept for choosing the checkpoint.
         n_testing: images to test on; default: all others.
+        support: regular expression on the image's stem. Supports and validation come from the images that match, the
+            others are for testing: train at one site, test at the other.
         name, description, license: copied into the list.
     """
     if n_shot < 2:
@@ -146,9 +149,12 @@ def make_datalist(
     present = [
         _classes(Path(dataset_dir, item["label"]), values, label_coding) for item in tqdm(items, "reading labels")
     ]
-    usable = [number for number, classes in enumerate(present) if classes]  # an empty label teaches nothing
+    from_here = [support is None or bool(re.search(support, Path(item["image"]).stem)) for item in items]
+    # An empty label teaches nothing.
+    usable = [i for i, classes in enumerate(present) if classes and from_here[i]]
     if len(usable) < n_shot:
-        raise ValueError(f"n_shot: {n_shot} asked for, {len(usable)} images have a label that is not empty.")
+        which = "have a label that is not empty" + (f" and match {support!r}" if support else "")
+        raise ValueError(f"n_shot: {n_shot} asked for, {len(usable)} images {which}.")
     lower, upper = _draw_halves(items, usable, present, n_shot, set(values), np.random.default_rng(seed))
     for half, chosen in (("lower", lower), ("upper", upper)):
         for missing in sorted(set(values) - set().union(*(present[i] for i in chosen))):
@@ -156,7 +162,9 @@ def make_datalist(
     taken = {items[i]["subject"] for i in (*lower, *upper)}
     others = [i for i in range(len(items)) if items[i]["subject"] not in taken]
     np.random.default_rng(seed + 1).shuffle(others)
-    validation, testing = _split_by_subject(items, others, n_validation)
+    validation, testing = _split_by_subject(items, [i for i in others if from_here[i]], n_validation)
+    if support is not None:
+        testing = [i for i in others if not from_here[i]]
     numbers_of = {
         "lower": lower,
         "upper": upper,

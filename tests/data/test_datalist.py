@@ -1,6 +1,7 @@
 """Data lists: drawn with a seed, disjoint by subject, every class in both halves, checked when read."""
 
 import hashlib
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -491,3 +492,21 @@ def test_the_coding_is_found_from_all_labels_and_not_from_the_first(tmp_path):
 )
 def test_the_coding_of_real_labels_is_found(real_data, name, expected):
     assert find_coding(sorted((real_data / name / "labels").iterdir())) == expected
+
+
+def test_supports_of_one_site_are_tested_on_the_other(tmp_path):
+    items = []
+    for site, number in itertools.product("ab", range(5)):
+        for kind in ("images", "labels"):
+            mask = np.zeros((8, 8), np.uint8)
+            mask[2:5, 2:6] = 1
+            (tmp_path / kind).mkdir(exist_ok=True)
+            Image.fromarray(mask).save(tmp_path / kind / f"{site}{number}.png")
+        name = f"{site}{number}.png"
+        items.append({"image": f"images/{name}", "label": f"labels/{name}", "subject": name})
+    datalist = make_datalist(
+        items, {"background": 0, "x": 1}, dataset_dir=tmp_path, n_shot=2, seed=3, n_validation=1, support="^a"
+    )
+    sites = {s: {item["subject"][0] for item in datalist[s]} for s in ("lower", "upper", "validation", "testing")}
+    assert sites == {"lower": {"a"}, "upper": {"a"}, "validation": {"a"}, "testing": {"b"}}
+    assert len(datalist["testing"]) == 5
