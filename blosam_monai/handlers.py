@@ -16,11 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from blosam_monai.data.readers import read_image
-from blosam_monai.data.writers import PathLike, atomic, write_overlay
+from blosam_monai.data.writers import write_overlay
+from blosam_monai.files import PathLike, atomic, file_sha256
 from blosam_monai.metrics import case_scores, write_table
 from blosam_monai.networks.adapters import save_adapters
 from blosam_monai.networks.prompt_sam import PromptSam
-from blosam_monai.networks.sam import file_sha256
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from monai.metrics.meandice import compute_dice
 from monai.metrics.meaniou import compute_iou
 from torch import Tensor
 
-from blosam_monai.data.writers import PathLike, atomic
+from blosam_monai.files import PathLike, atomic
 
 SCORES = ("dice", "iou", "hd95", "nsd")
 

@@ -26,11 +26,10 @@ from monai.handlers import MLFlowHandler
 
 from blosam_monai import __version__
 from blosam_monai.data.datalist import SECTIONS
-from blosam_monai.data.readers import PathLike
+from blosam_monai.files import PathLike, file_sha256
 from blosam_monai.handlers import case_id
 from blosam_monai.metrics import write_rows
 from blosam_monai.networks.prompt_sam import PromptSam
-from blosam_monai.networks.sam import file_sha256
 
 set_telemetry_client()  # `python -m monai.bundle` imports MLflow before us: make it read our environment again
 

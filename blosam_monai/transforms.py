@@ -18,8 +18,9 @@ from scipy.ndimage import zoom
 from torch import Tensor
 from torch.nn import functional as F
 
-from blosam_monai.data.readers import PathLike, read_image, read_label
+from blosam_monai.data.readers import read_image, read_label
 from blosam_monai.data.writers import write_label, write_overlay
+from blosam_monai.files import PathLike
 from blosam_monai.networks.sam import PIXEL_MEAN, PIXEL_STD
 
 Item = dict[Hashable, Any]

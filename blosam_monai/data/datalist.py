@@ -20,9 +20,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from blosam_monai.data.readers import LABEL_CODINGS, PathLike, list_images, read_label
-from blosam_monai.data.writers import atomic
-from blosam_monai.networks.sam import file_sha256
+from blosam_monai.data.readers import LABEL_CODINGS, list_images, read_label
+from blosam_monai.files import PathLike, atomic, file_sha256
 from blosam_monai.transforms import task_values
 
 logger = logging.getLogger(__name__)

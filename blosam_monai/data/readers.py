@@ -6,14 +6,13 @@ other readers on an error; a frozen SAM encoder needs upright RGB, hence our own
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import TiffImageFile
 
-PathLike = str | os.PathLike[str]
+from blosam_monai.files import PathLike
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".tif", ".tiff", ".bmp")
 LABEL_CODINGS = ("index", "threshold")

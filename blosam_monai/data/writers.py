@@ -2,35 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
 import numpy as np
 from PIL import Image
 from scipy.ndimage import binary_dilation
 
-PathLike = str | os.PathLike[str]
+from blosam_monai.files import PathLike, atomic
 
 # Okabe and Ito 2008: eight colours that colour-blind readers tell apart; without black, white least confused first.
 COLOURS = np.array(
     [[0, 158, 115], [230, 159, 0], [86, 180, 233], [204, 121, 167], [240, 228, 66], [0, 114, 178], [213, 94, 0]],
     dtype=np.float32,
 )
-
-
-@contextmanager
-def atomic(path: PathLike) -> Iterator[Path]:
-    """A path to write to that becomes ``path`` when the block ends well, and vanishes when it fails."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_label(path: PathLike, label: np.ndarray) -> None:

@@ -7,15 +7,15 @@ copy for people and other tools.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from blosam_monai.files import PathLike, atomic
 from blosam_monai.networks.prompt_sam import PromptSam
 from blosam_monai.networks.sam import RANDOM
 
@@ -35,24 +35,16 @@ UNTRAINED = {
 }
 
 
-def save_adapters(path: str | os.PathLike[str], state: dict[str, Tensor], settings: dict[str, Any]) -> None:
+def save_adapters(path: PathLike, state: dict[str, Tensor], settings: dict[str, Any]) -> None:
     """Write the tensors of ``PromptDecoder.adapter_state`` and the settings; each file appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(settings, indent=1)
-    for target, write in (
-        (path, lambda part: save_file({n: v.contiguous().cpu() for n, v in state.items()}, part, {_HEADER: text})),
-        (path.with_suffix(".json"), lambda part: part.write_text(text + "\n", encoding="utf-8")),
-    ):
-        part = target.with_name(f".{target.name}.{os.getpid()}.part")
-        try:
-            write(part)
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
+    path, text = Path(path), json.dumps(settings, indent=1)
+    with atomic(path) as part:
+        part.write_bytes(save({name: value.contiguous().cpu() for name, value in state.items()}, {_HEADER: text}))
+    with atomic(path.with_suffix(".json")) as part:
+        part.write_text(text + "\n", encoding="utf-8")
 
 
-def read_adapters(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_adapters(path: PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read tensors and settings.
 
     Raises:
@@ -69,14 +61,14 @@ def read_adapters(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict
         raise ValueError(f"model: {path} is damaged or not a model of blosam_monai ({error}).") from error
 
 
-def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_settings(path: PathLike) -> dict[str, Any]:
     """The settings of trained adapters; where there are none yet, those of the untrained default network."""
     return read_adapters(path)[1] if Path(path).is_file() else dict(UNTRAINED)
 
 
 def load_prompt_sam(
-    path: str | os.PathLike[str],
-    sam_checkpoint: str | os.PathLike[str] | None = None,
+    path: PathLike,
+    sam_checkpoint: PathLike | None = None,
     *,
     into: PromptSam | None = None,
 ) -> PromptSam:
@@ -108,7 +100,7 @@ def load_prompt_sam(
     return network.eval()
 
 
-def export_model_pt(path: str | os.PathLike[str], network: PromptSam) -> None:
+def export_model_pt(path: PathLike, network: PromptSam) -> None:
     """Write the adapters as the ``model.pt`` that ``monai.bundle.load`` and MONAI Label look for.
 
     Plain tensors under the names of ``network``'s own state dict; loads with ``weights_only=True``.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from blosam_monai.files import PathLike
 from blosam_monai.networks.prompt_decoder import PromptDecoder
 from blosam_monai.networks.sam import build_sam
 
@@ -28,7 +28,7 @@ class PromptSam(nn.Module):
         self,
         sam_model: str = "tiny",
         image_size: int = 256,
-        sam_checkpoint: str | os.PathLike[str] | None = None,
+        sam_checkpoint: PathLike | None = None,
         tasks: Sequence[str] = ("foreground",),
         *,
         prompt: str = "dense",

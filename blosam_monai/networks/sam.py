@@ -6,7 +6,6 @@ package fixes (1024 pixels, position tables of that size, an unverified ``torch.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import logging
 import os
@@ -23,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
+
+from blosam_monai.files import PathLike, file_sha256
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
@@ -86,7 +87,7 @@ SAM_FILES = {
 }
 
 
-def build_sam(model: str, image_size: int, checkpoint: str | os.PathLike[str] | None = None) -> Sam:
+def build_sam(model: str, image_size: int, checkpoint: PathLike | None = None) -> Sam:
     """Build a SAM in evaluation mode, its position tables resized to the image size.
 
     Args:
@@ -236,15 +237,6 @@ def _resize_table(name: str, table: Tensor, shape: torch.Size) -> Tensor:
     if ".rel_pos_" in name and table.ndim == 2 and table.shape[-1] == shape[-1]:  # (2h - 1, head width)
         return F.interpolate(table.T[None], shape[0], mode="linear", align_corners=False)[0].T
     return table
-
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def cache_dir() -> Path:

@@ -14,8 +14,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from blosam_monai.__main__ import main
 from blosam_monai.data.phantoms import PHANTOM_LABELS
-from blosam_monai.data.readers import PathLike, read_image, read_label
+from blosam_monai.data.readers import read_image, read_label
 from blosam_monai.data.writers import write_overlay
+from blosam_monai.files import PathLike
 
 TARGET = Path(__file__).with_name("overview.png")
 COLUMNS = 4

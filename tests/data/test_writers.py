@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from blosam_monai.data.readers import read_label
-from blosam_monai.data.writers import COLOURS, atomic, write_label, write_overlay
+from blosam_monai.data.writers import COLOURS, write_label, write_overlay
+from blosam_monai.files import atomic
 
 
 def write_half(path: Path) -> None:
