@@ -1,6 +1,4 @@
-"""Writing: whole or not at all, and what was meant."""
-
-from pathlib import Path
+"""Writing what was meant."""
 
 import numpy as np
 import pytest
@@ -8,37 +6,6 @@ from PIL import Image
 
 from blosam_monai.data.readers import read_label
 from blosam_monai.data.writers import COLOURS, write_label, write_overlay
-from blosam_monai.files import atomic
-
-
-def write_half(path: Path) -> None:
-    with atomic(path) as part:
-        part.write_text("half")
-        raise RuntimeError("halfway")
-
-
-def test_a_failing_block_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError, match="halfway"):
-        write_half(tmp_path / "new" / "x.txt")
-    assert list((tmp_path / "new").iterdir()) == []
-
-
-def test_a_failing_block_keeps_the_earlier_file(tmp_path):
-    path = tmp_path / "x.txt"
-    path.write_text("earlier")
-    with pytest.raises(RuntimeError, match="halfway"):
-        write_half(path)
-    assert path.read_text() == "earlier"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_the_file_appears_only_when_the_block_ends(tmp_path):
-    path = tmp_path / "x.txt"
-    with atomic(path) as part:
-        part.write_text("all of it")
-        assert not path.exists()
-    assert path.read_text() == "all of it"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(("greatest", "mode"), [(0, "L"), (1, "L"), (255, "L"), (256, "I;16"), (65535, "I;16")])
