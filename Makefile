@@ -28,7 +28,8 @@ format: $(VENV)/.test-installed
 	$(BIN)/ruff format .
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c "import sys; ok = (3, 10) <= sys.version_info[:2] <= (3, 13); sys.exit(None if ok else 'Python %d.%d found, 3.10 to 3.13 needed, as in: make demo PYTHON=python3.12' % sys.version_info[:2])"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing into $(VENV) (torch, MONAI, MLflow: a few minutes the first time) ..."
 	$(PIP) -e .
 	@touch $@

@@ -62,7 +62,7 @@ KEYS = {
     "overlays": "also write the images with masks tinted",
 }
 POSITIVE_KEYS = ("max_epochs", "batch_size", "val_interval")
-TRAIN_KEYS = [k for k in KEYS if k not in ("section", "threshold", "merge", "overlays")]
+TRAIN_KEYS = [k for k in KEYS if k not in ("section", "threshold", "merge")]
 EVALUATE_KEYS = [
     *("data_list", "dataset_dir", "output_dir", "device", "sam_checkpoint", "section", "threshold", "overlays"),
     *("nsd_tolerance", "use_mlflow", "log_paths", "tracking_uri", "experiment_name", "run_name"),
@@ -96,7 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except KeyboardInterrupt:
-        print("blosam: interrupted; `blosam train --resume true` goes on from the last saved epoch.", file=sys.stderr)
+        hint = "; --resume true goes on from the last saved epoch." if options.verb == "train" else "."
+        print(f"blosam: interrupted{hint}", file=sys.stderr)
         return 130
     except Exception as error:
         from mlflow.exceptions import MlflowException  # a store that is unknown or does not answer
@@ -282,7 +283,7 @@ def _run_bundle(files: Sequence[str], workflow_type: str, overrides: dict[str, A
 
 def _train(options: argparse.Namespace) -> None:
     _run_bundle(["train.json"], "train", {"dataset_dir": ".", **_overrides(options, TRAIN_KEYS)})
-    print(f"model: {Path(options.output_dir, 'models', 'model.safetensors')}")
+    print(f"model: {Path(getattr(options, 'ckpt_dir', Path(options.output_dir, 'models')), 'model.safetensors')}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -299,11 +300,13 @@ def _predict(options: argparse.Namespace) -> None:
 
 
 def _models(model: str) -> Path:
-    """Folder of the model below a training's output_dir."""
-    folder = Path(model, "models")
-    if not (folder / "model.safetensors").is_file():
-        raise FileNotFoundError(f"model: {folder / 'model.safetensors'} does not exist; give a training's output_dir.")
-    return folder
+    """Folder of the model: a training's output_dir or its ckpt_dir."""
+    for folder in (Path(model, "models"), Path(model)):
+        if (folder / "model.safetensors").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"model: no model.safetensors in {model} or its folder models; give a training's output_dir."
+    )
 
 
 def _datalist(options: argparse.Namespace) -> None:

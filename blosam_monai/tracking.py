@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from mlflow.entities import Metric
-from mlflow.telemetry.client import set_telemetry_client
 from monai.engines import Evaluator
 from monai.handlers import MLFlowHandler
 
@@ -30,8 +29,6 @@ from blosam_monai.files import PathLike, file_sha256
 from blosam_monai.handlers import case_id
 from blosam_monai.metrics import write_rows
 from blosam_monai.networks.prompt_sam import PromptSam
-
-set_telemetry_client()  # `python -m monai.bundle` imports MLflow before us: make it read our environment again
 
 
 def task_scores(engine: Engine, tasks: Sequence[str], metric: str) -> dict[str, float]:
@@ -72,12 +69,17 @@ class BilevelMLFlowHandler(MLFlowHandler):
         evaluators: Mapping[str, Evaluator | None] | None = None,
         seconds: float = 5.0,
     ) -> None:
-        super().__init__(
-            tracking_uri=tracking_uri,
-            experiment_name=experiment_name,
-            run_name=run_name,
-            experiment_param={**(experiment_param or {}), **versions()},
-        )
+        environment = os.environ.pop("MLFLOW_TRACKING_URI", None)  # MONAI lets it beat the argument
+        try:
+            super().__init__(
+                tracking_uri=tracking_uri,
+                experiment_name=experiment_name,
+                run_name=run_name,
+                experiment_param={**(experiment_param or {}), **versions()},
+            )
+        finally:
+            if environment is not None:
+                os.environ["MLFLOW_TRACKING_URI"] = environment
         self.tasks, self.tags = list(tasks), dict(tags or {})
         self.optimizers = dict(optimizers or {})
         self.evaluators = {name: e for name, e in (evaluators or {}).items() if e is not None}
@@ -241,7 +243,7 @@ def collect_record(
         shutil.copy(config, folder)
     shown = {name: value for name, value in options.items() if log_paths or name not in _PATHS}
     (folder / "options.json").write_text(json.dumps(shown, indent=1, default=str), encoding="utf-8")
-    for model in sorted((output_dir / "models").glob("model.*")):
+    for model in sorted(Path(options["ckpt_dir"]).glob("model.*")):
         shutil.copy(model, folder)
     shutil.copy(output_dir / "summary.json", folder)
     with open(output_dir / "cases.csv", newline="", encoding="utf-8") as file:

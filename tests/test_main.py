@@ -77,6 +77,13 @@ def test_every_key_that_a_user_can_set_in_the_training_is_an_option():
     assert plain - expressions == set(TRAIN_KEYS)
 
 
+def test_mlflow_and_resume_know_every_option():
+    """`options` of a config is what MLflow keeps and what a resumed training compares."""
+    for file, keys in (("train.json", TRAIN_KEYS), ("evaluate.json", [*EVALUATE_KEYS, "ckpt_dir"])):
+        config = json.loads((BUNDLE / "configs" / file).read_text())
+        assert config["options"] == {key: f"@{key}" for key in keys}, file
+
+
 def test_doctor_says_where_everything_is_and_what_is_missing(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("BLOSAM_CACHE", str(tmp_path))
     (tmp_path / "sam_vit_l_0b3195.pth").touch()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from ignite.engine import Events
 from mlflow import MlflowClient
-from mlflow.telemetry.client import get_telemetry_client
 from monai.bundle import ConfigWorkflow
 
 from blosam_monai.__main__ import BUNDLE
@@ -24,7 +26,7 @@ def train(phantoms: Path, output_dir: Path, store: Path, crash_at: int | None = 
         data_list=str(phantoms / "list.json"),
         output_dir=str(output_dir),
         tracking_uri=f"sqlite:///{store}",
-        **{"max_epochs": 2, "val_interval": 1, **overrides},
+        **{"max_epochs": 2, "val_interval": 1, "image_size": 64, **overrides},
     )
     flow.initialize()
     if crash_at is not None:
@@ -126,8 +128,31 @@ def test_a_crash_ends_the_run_as_failed_and_resume_goes_on_with_it(phantoms, tmp
     assert [m.step for m in history] == [1, 2, 3, 4]
 
 
-def test_nothing_is_told_to_anybody():
-    assert get_telemetry_client() is None
+def test_an_explicit_store_beats_the_environment(phantoms, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
+    train(phantoms, tmp_path / "a", tmp_path / "store.db", max_epochs=1, run_name="one")
+    assert list(runs(tmp_path / "store.db")) == ["one"]
+    assert not (tmp_path / "other.db").exists()
+
+
+def test_the_adapters_are_kept_wherever_ckpt_dir_is_and_overlays_only_if_wanted(phantoms, tmp_path):
+    elsewhere = str(tmp_path / "elsewhere")
+    train(phantoms, tmp_path / "a", tmp_path / "store.db", max_epochs=1, ckpt_dir=elsewhere, overlays=False)
+    (table,) = tmp_path.rglob("artifacts/cases.csv")
+    assert (table.parent / "model.safetensors").is_file()
+    assert not list(tmp_path.rglob("overlays/*.png"))
+
+
+def test_nothing_is_told_to_anybody_also_when_monai_came_first():
+    """In a fresh process without the variables by which MLflow knows a test."""
+    code = (
+        "import monai.bundle, blosam_monai.transforms\n"
+        "from mlflow.telemetry.client import get_telemetry_client\n"
+        "assert get_telemetry_client() is None"
+    )
+    told = ("CI", "PYTEST", "MLFLOW", "DO_NOT_TRACK", "GITHUB")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(told)}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, env=kept)
 
 
 def _method(record: Path) -> str:

@@ -103,7 +103,9 @@ def load_prompt_sam(
 def export_model_pt(path: PathLike, network: PromptSam) -> None:
     """Write the adapters as the ``model.pt`` that ``monai.bundle.load`` and MONAI Label look for.
 
-    Plain tensors under the names of ``network``'s own state dict; loads with ``weights_only=True``.
+    The one file in a pickle's wrapping, for tools that read no other: plain tensors under the names of ``network``'s
+    own state dict, loading with ``weights_only=True``.
     """
     trained = {id(p) for p in (*network.lower_parameters(), *network.upper_parameters())}
-    torch.save({name: p.detach().cpu() for name, p in network.named_parameters() if id(p) in trained}, path)
+    with atomic(path) as part:
+        torch.save({name: p.detach().cpu() for name, p in network.named_parameters() if id(p) in trained}, part)
