@@ -6,6 +6,7 @@ import argparse
 import difflib
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -142,14 +143,15 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     datalist.add_argument("--from", dest="source", help="or an existing list: ours, Decathlon or nnU-Net dataset.json")
     datalist.add_argument("--dataset_dir", help="folder that paths are relative to (default: the list's own)")
     datalist.add_argument("--output", required=True, help="the JSON file to write")
+    datalist.add_argument("--overwrite", type=_boolean, default=False, help="replace that file (default: false)")
     datalist.add_argument("--n_shot", type=int, default=4, help="labelled images to train on (default: 4)")
     datalist.add_argument("--seed", type=int, default=0, help="seed of the draw (default: 0)")
     datalist.add_argument("--n_validation", type=int, default=0, help="images kept for validation (default: 0)")
     datalist.add_argument("--n_testing", type=int, help="images to test on (default: all others)")
-    datalist.add_argument("--support", help="regular expression: stems to draw supports from, the rest are tests")
+    datalist.add_argument("--support", type=_expression, help="draw supports from stems that match, test on the rest")
     datalist.add_argument("--label_names", type=_json, help='JSON: {"lung": 1, "wheels": [2, 3]} (default: guessed)')
     datalist.add_argument("--label_coding", choices=("index", "threshold"), help="default: guessed from all labels")
-    datalist.add_argument("--subject", help="regular expression on the file stem; its first group is the subject")
+    datalist.add_argument("--subject", type=_expression, help="on the stem; its first group is the subject")
     datalist.add_argument("--image_suffix", default="", help="cut off image stems before pairing, as _0000")
     datalist.add_argument("--label_suffix", default="", help="cut off label stems before pairing, as _mask")
     datalist.add_argument("--name", default="", help="name of the data set")
@@ -252,6 +254,14 @@ def _text(text: str) -> Any:
     return _json(text) if text[:1] in ("[", "{") else text
 
 
+def _expression(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a regular expression ({error})") from None
+    return text
+
+
 def _json(text: str) -> Any:
     try:
         return json.loads(text)
@@ -314,6 +324,8 @@ def _datalist(options: argparse.Namespace) -> None:
 
     if bool(options.source) == bool(options.images and options.labels):
         raise ValueError("datalist: give either --images and --labels, or --from.")
+    if Path(options.output).exists() and not options.overwrite:
+        raise FileExistsError(f"output: {options.output} exists; choose another or add --overwrite true.")
     content: dict[str, Any] = {}
     if options.source:
         folder = options.dataset_dir or str(Path(options.source).parent)
@@ -389,12 +401,15 @@ def _doctor(options: argparse.Namespace) -> None:
 
     import torch
 
-    from blosam_monai.networks.sam import SAM_FILES, cache_dir, import_segment_anything
+    from blosam_monai.networks.sam import SAM_FILES, cache_dir
 
     print(f"blosam_monai {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
     for package in ("torch", "torchvision", "monai", "pytorch-ignite", "mlflow", "segment-anything", "safetensors"):
-        print(f"  {package:<18}{importlib.metadata.version(package)}")
-    import_segment_anything()
+        try:
+            found = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found = f"missing: pip install {package}"
+        print(f"  {package:<18}{found}")
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"device: {', '.join(names) or 'cpu'} ({torch.get_num_threads()} threads)")
     print(f"bundle: {BUNDLE}")

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import Evaluator
@@ -59,6 +60,7 @@ class CaseTableHandler:
             raise FileExistsError(f"output_dir: {output_dir} holds scores; choose another or add overwrite=true.")
         self.settings = {**settings, "nsd_tolerance_pixels": nsd_tolerance}
         self.nsd_tolerance = nsd_tolerance
+        self._masks: dict[str, list[np.ndarray]] = {}  # case name -> prediction and label, 8 pixels a byte
         self.rows: list[dict[str, Any]] = []
         self.source_of: dict[str, str] = {}  # case name -> image file
 
@@ -72,6 +74,7 @@ class CaseTableHandler:
         """Forget the cases of an earlier run of the evaluator."""
         self.rows.clear()
         self.source_of.clear()
+        self._masks.clear()
 
     def score(self, engine: Engine) -> None:
         """Score the cases of this iteration; predictions are binary (T, H, W)."""
@@ -81,6 +84,7 @@ class CaseTableHandler:
             identity, name = case_id(source), Path(source).stem
             if self.source_of.setdefault(name, source) != source:
                 name = f"{name}_{identity}"  # a picture of the same stem in another folder
+                self.source_of[name] = source
             for t, task in enumerate(self.tasks):
                 self.rows.append(
                     {
@@ -94,11 +98,14 @@ class CaseTableHandler:
                     }
                 )
             if self.overlays:
-                path = self.output_dir / "overlays" / f"{name}.png"
-                write_overlay(path, read_image(source), pred.numpy(), label.numpy())
+                self._masks[name] = [np.packbits(mask.numpy() > 0, axis=-1) for mask in (pred, label)]
 
     def write(self, engine: Engine) -> None:
         """Write the table; log its summary."""
+        for name, masks in self._masks.items():  # with the table, or not at all
+            image = read_image(self.source_of[name])
+            pred, label = (np.unpackbits(mask, axis=-1, count=image.shape[-1]) for mask in masks)
+            write_overlay(self.output_dir / "overlays" / f"{name}.png", image, pred, label)
         for section, by_task in write_table(self.output_dir, self.rows, self.settings).items():
             for task in self.tasks:
                 numbers = by_task[task]
@@ -160,6 +167,8 @@ class BestAdapters:
 
     def finish(self, engine: Engine) -> None:
         """At the end of the training: write what was selected."""
+        if self.evaluator is not None and self.evaluator.state.epoch != engine.state.epoch:
+            self.evaluator.run(engine.state.epoch)  # the last epoch is judged too when it is not one of the interval
         if self.selection == "last":
             self._take(torch.ones_like(self.score, dtype=torch.bool), engine.state.epoch)
         self.save()
@@ -192,9 +201,10 @@ class BestAdapters:
 def check_state(path: PathLike, *, resume: bool, overwrite: bool) -> None:
     """Refuse to resume what is not there, or to train over what is; asked before anything is read or written."""
     exists = Path(path).is_file()
+    trained = exists or Path(path).with_name("model.safetensors").is_file()
     if resume and not exists:
         raise FileNotFoundError(f"resume: {path} does not exist; start without resume.")
-    if exists and not resume and not overwrite:
+    if trained and not resume and not overwrite:
         raise FileExistsError(
             f"output_dir: {Path(path).parent} holds an earlier training; choose another output_dir, go on with "
             "resume=true, or replace it with overwrite=true."
@@ -248,7 +258,8 @@ class TrainingState:
                 "same settings, or train anew in another output_dir."
             )
         for name, item in self.objects.items():
-            item.load_state_dict(state["objects"][name])
+            if name in state["objects"]:  # a run that was not tracked before may be tracked now
+                item.load_state_dict(state["objects"][name])
         trainer.state.epoch = state["epoch"]
         trainer.state.iteration = state["epoch"] * trainer.state.epoch_length
 

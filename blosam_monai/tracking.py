@@ -5,8 +5,10 @@ from __future__ import annotations
 import atexit
 import csv
 import json
+import logging
 import os
 import platform
+import re
 import shutil
 import tempfile
 import time
@@ -25,10 +27,13 @@ from monai.handlers import MLFlowHandler
 
 from blosam_monai import __version__
 from blosam_monai.data.datalist import SECTIONS
+from blosam_monai.engines.bilevel_trainer import BilevelEvents
 from blosam_monai.files import PathLike, file_sha256
 from blosam_monai.handlers import case_id
 from blosam_monai.metrics import write_rows
 from blosam_monai.networks.prompt_sam import PromptSam
+
+logger = logging.getLogger(__name__)
 
 
 def task_scores(engine: Engine, tasks: Sequence[str], metric: str) -> dict[str, float]:
@@ -64,7 +69,6 @@ class BilevelMLFlowHandler(MLFlowHandler):
         *,
         tasks: Sequence[str] = (),
         experiment_param: Mapping[str, Any] | None = None,
-        tags: Mapping[str, str] | None = None,
         optimizers: Mapping[str, torch.optim.Optimizer] | None = None,
         evaluators: Mapping[str, Evaluator | None] | None = None,
         seconds: float = 5.0,
@@ -80,13 +84,15 @@ class BilevelMLFlowHandler(MLFlowHandler):
         finally:
             if environment is not None:
                 os.environ["MLFLOW_TRACKING_URI"] = environment
-        self.tasks, self.tags = list(tasks), dict(tags or {})
+        self.tasks = list(tasks)
         self.optimizers = dict(optimizers or {})
         self.evaluators = {name: e for name, e in (evaluators or {}).items() if e is not None}
         self.seconds = seconds
         self.resume_run_id: str | None = None
         self.cur_run: Any = None
         self._pending: list[Metric] = []
+        self._logged_to: dict[str, int] = {}
+        self._rates: dict[str, float] = {}
         self._sent = time.monotonic()
         self._created = int(time.time() * 1000)
 
@@ -94,6 +100,8 @@ class BilevelMLFlowHandler(MLFlowHandler):
         """Attach to the trainer (or to an evaluator that runs alone); ``evaluators`` are attached to by themselves."""
         super().attach(engine)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
+        if self.optimizers:
+            engine.add_event_handler(BilevelEvents.LOWER_STEP_COMPLETED, self._note_rates)
         for name, evaluator in self.evaluators.items():
             evaluator.add_event_handler(Events.EPOCH_COMPLETED, self._log_tasks, name)
 
@@ -149,13 +157,16 @@ class BilevelMLFlowHandler(MLFlowHandler):
         name, number = self.run_name, 2
         while name in names:
             name, number = f"{self.run_name}-{number}", number + 1
-        return self.client.create_run(self.experiment.experiment_id, run_name=name, tags=self.tags)
+        return self.client.create_run(self.experiment.experiment_id, run_name=name)
 
     def _default_iteration_log(self, engine: Engine) -> None:
         first = engine.state.output[0] if isinstance(engine.state.output, list) else engine.state.output
         metrics = {name: float(first[name]) for name in self.NUMBERS if name in first}
-        metrics |= {f"lr_{name}": opt.param_groups[0]["lr"] for name, opt in self.optimizers.items()}
-        self._log_metrics(metrics, engine.state.iteration)
+        self._log_metrics(metrics | self._rates, engine.state.iteration)
+
+    def _note_rates(self) -> None:
+        """The learning rates that the step took, before the schedules change them."""
+        self._rates = {f"lr_{name}": opt.param_groups[0]["lr"] for name, opt in self.optimizers.items()}
 
     def _default_epoch_log(self, engine: Engine) -> None:
         self._log_metrics({k: v for k, v in engine.state.metrics.items() if np.isscalar(v)}, engine.state.epoch)
@@ -170,10 +181,22 @@ class BilevelMLFlowHandler(MLFlowHandler):
             self._log_metrics({f"{name}_mean_dice": engine.state.metrics[metric]}, engine.state.epoch)
 
     def _log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        now = int(time.time() * 1000)
-        self._pending += [Metric(name, float(value), now, step or 0) for name, value in metrics.items()]
+        now, step = int(time.time() * 1000), step or 0
+        for name, value in metrics.items():
+            name = re.sub(r"[^\w\-. /]", "_", name, flags=re.ASCII)  # what MLflow allows
+            if self._is_new(name, step):
+                self._pending.append(Metric(name, float(value), now, step))
         if time.monotonic() - self._sent > self.seconds:
             self._flush()
+
+    def _is_new(self, name: str, step: int) -> bool:
+        """Whether a resumed run has not logged this step before it stopped; it repeats those after the saved epoch."""
+        if self.resume_run_id is None:
+            return True
+        if name not in self._logged_to:
+            history = self.client.get_metric_history(self.resume_run_id, name)
+            self._logged_to[name] = max((metric.step for metric in history), default=-1)
+        return step > self._logged_to[name]
 
     def _flush(self) -> None:
         while self._pending:  # MLflow takes at most 1000 metrics in one call
@@ -240,7 +263,7 @@ def collect_record(
     folder, output_dir, log_paths = Path(folder), Path(output_dir), options["log_paths"]
     (folder / "overlays").mkdir(parents=True)
     for config in configs:
-        shutil.copy(config, folder)
+        _copy_config(Path(config), folder, log_paths=log_paths)
     shown = {name: value for name, value in options.items() if log_paths or name not in _PATHS}
     (folder / "options.json").write_text(json.dumps(shown, indent=1, default=str), encoding="utf-8")
     for model in sorted(Path(options["ckpt_dir"]).glob("model.*")):
@@ -260,8 +283,21 @@ def collect_record(
     (folder / "data_list.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-_PATHS = ("data_list", "dataset_dir", "output_dir", "ckpt_dir", "sam_checkpoint", "tracking_uri")
-_HOW_TO_RUN = ("device", "resume", "overwrite", "use_mlflow", "log_paths", "experiment_name", "run_name")
+def _copy_config(config: Path, folder: Path, *, log_paths: bool) -> None:
+    """Copy a config; what a user wrote into it for a path is left out unless ``log_paths``."""
+    if not config.is_file():
+        logger.warning("%s is not there to be kept with the run; give --bundle_root.", config)
+        return
+    content = json.loads(config.read_text(encoding="utf-8"))
+    kept = {name: value for name, value in content.items() if log_paths or name not in _PATHS}
+    (folder / config.name).write_text(json.dumps(kept, indent=4), encoding="utf-8")
+
+
+_PATHS = ("data_list", "dataset_dir", "output_dir", "ckpt_dir", "sam_checkpoint", "tracking_uri", "bundle_root")
+_HOW_TO_RUN = (
+    *("device", "resume", "overwrite", "use_mlflow", "log_paths", "experiment_name", "run_name"),
+    *("overlays", "nsd_tolerance"),
+)
 _PUBLIC = ("labels", "label_coding", "n_shot", "seed")
 
 

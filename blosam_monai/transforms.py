@@ -6,6 +6,7 @@ An item has the keys ``image label pred embedding`` and, beside them, ``source``
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,8 @@ def task_values(labels: Labels, tasks: Sequence[str] | None = None) -> dict[str,
     Raises:
         ValueError: a task that is not among the labels, none at all, or one twice.
     """
-    values = {
-        name: [int(v) for v in ([value] if isinstance(value, int) else value)]
-        for name, value in labels.items()
-        if name != "background"
-    }
+    values = {name: [int(v) for v in ([value] if isinstance(value, int) else value)] for name, value in labels.items()}
+    values = {name: numbers for name, numbers in values.items() if name != "background" and numbers != [0]}
     chosen = list(values) if tasks is None else [tasks] if isinstance(tasks, str) else list(tasks)
     unknown = [name for name in chosen if name not in values]
     if unknown or not chosen or len(set(chosen)) < len(chosen):
@@ -175,6 +173,27 @@ class RestoreSized(MapTransform):
         return item
 
 
+class BinariseTasksd(MapTransform):
+    """Logits (T, H, W) -> masks (T, H, W) of 0 and 1: foreground where the probability is above the threshold."""
+
+    def __init__(self, threshold: float = 0.5, keys: KeysCollection = "pred") -> None:
+        super().__init__(keys)
+        self.threshold = check_threshold(threshold)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Item:
+        """Binarise the logits of one item."""
+        item = dict(data)
+        item[self.keys[0]] = (item[self.keys[0]].float().sigmoid() > self.threshold).float()
+        return item
+
+
+def check_threshold(threshold: float) -> float:
+    """The threshold, if it is a probability that something can be above and below."""
+    if not 0 < threshold < 1:
+        raise ValueError(f"threshold: {threshold} is not a probability between 0 and 1.")
+    return threshold
+
+
 def merge_tasks(probabilities: Tensor, values: Sequence[Sequence[int]], threshold: float = 0.5) -> Tensor:
     """Probabilities of T tasks (T, H, W) -> one label map (H, W): where several tasks claim a pixel, the surest wins.
 
@@ -219,11 +238,10 @@ class SavePredictiond(MapTransform):
         super().__init__(keys)
         if merge not in MERGE_RULES:
             raise ValueError(f"merge: {merge!r} is not one of {', '.join(MERGE_RULES)}.")
-        if not 0 < threshold < 1:
-            raise ValueError(f"threshold: {threshold} is not a probability between 0 and 1.")
         self.output_dir = Path(output_dir)
         self.values = task_values(labels, tasks)
-        self.merge, self.threshold, self.overlays, self.overwrite = merge, threshold, overlays, overwrite
+        self.merge, self.threshold = merge, check_threshold(threshold)
+        self.overlays, self.overwrite = overlays, overwrite
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Item:
         """Write the masks of one item; the item passes unchanged."""
@@ -235,8 +253,10 @@ class SavePredictiond(MapTransform):
             labels = {self.output_dir / f"{source.stem}.png": merged.numpy()}
         else:
             named = zip(self.values, masks, strict=True)
-            labels = {self.output_dir / f"{source.stem}_{name}.png": 255 * mask.numpy() for name, mask in named}
+            labels = {self.output_dir / f"{source.stem}_{_plain(name)}.png": 255 * mask.numpy() for name, mask in named}
         for path in labels:
+            if path.resolve() == source.resolve():
+                raise ValueError(f"output_dir: {self.output_dir} is the folder of the images; choose another.")
             if path.exists() and not self.overwrite:
                 raise FileExistsError(f"{path}: exists; choose another output_dir or add overwrite=true.")
         for path, label in labels.items():
@@ -244,3 +264,8 @@ class SavePredictiond(MapTransform):
         if self.overlays:
             write_overlay(self.output_dir / "overlays" / f"{source.stem}.png", read_image(source), masks.numpy())
         return dict(data)
+
+
+def _plain(name: str) -> str:
+    """A task's name as part of a file name on any system."""
+    return re.sub(r"[^\w\-. ]", "_", name)

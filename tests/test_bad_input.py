@@ -377,3 +377,24 @@ def test_a_label_without_image_is_named(data, tmp_path, refused):
     said = refused("datalist", *folders, "--output", tmp_path / "new.json")
     assert re.search(rf"labels/{support(data, 'label').name}: has no partner of stem", said)
     assert not (tmp_path / "new.json").exists()
+
+
+def test_masks_never_replace_their_own_images(model, films, refused):
+    before = (films / "a.png").read_bytes()
+    said = refused("predict", "--model", model, "--input", films, "--output_dir", films, "--overwrite", "true")
+    assert "is the folder of the images; choose another" in said
+    assert (films / "a.png").read_bytes() == before
+
+
+def test_a_model_without_its_training_state_is_not_replaced_either(model, phantoms, tmp_path, refused):
+    shutil.copytree(model / "models", tmp_path / "out" / "models")
+    (tmp_path / "out" / "models" / "state.pt").unlink()
+    listed = ["--data_list", phantoms / "list.json", "--dataset_dir", phantoms, "--output_dir", tmp_path / "out"]
+    assert "holds an earlier training" in refused("train", *listed, *FAST)
+
+
+@pytest.mark.parametrize("section", ["training", "labels", "lower_"])
+def test_a_key_of_the_list_that_is_no_section_is_refused(section, model, phantoms, tmp_path, refused):
+    listed = ["--data_list", phantoms / "list.json", "--dataset_dir", phantoms, "--output_dir", tmp_path / "out"]
+    said = refused("evaluate", "--model", model, *listed, "--section", section, "--use_mlflow", "false")
+    assert "choose one of lower, upper, validation, testing" in said

@@ -73,7 +73,7 @@ def test_every_key_that_a_user_can_set_in_the_training_is_an_option():
     """Plain values of train.json are what a user sets; the rest are parts and expressions."""
     config = json.loads((BUNDLE / "configs" / "train.json").read_text())
     plain = {key for key, value in config.items() if not isinstance(value, (dict, list))} - {"bundle_root"}
-    expressions = {"datalist", "settings", "task_names", "network", "theta", "phi", "iterations"}
+    expressions = {"save_execute_config", "datalist", "settings", "task_names", "network", "theta", "phi", "iterations"}
     assert plain - expressions == set(TRAIN_KEYS)
 
 

@@ -23,10 +23,9 @@ def train(phantoms: Path, output_dir: Path, store: Path, crash_at: int | None = 
         bundle_root=str(BUNDLE),
         logging_file=False,
         dataset_dir=str(phantoms),
-        data_list=str(phantoms / "list.json"),
         output_dir=str(output_dir),
         tracking_uri=f"sqlite:///{store}",
-        **{"max_epochs": 2, "val_interval": 1, "image_size": 64, **overrides},
+        **{"data_list": str(phantoms / "list.json"), "max_epochs": 2, "val_interval": 1, "image_size": 64, **overrides},
     )
     flow.initialize()
     if crash_at is not None:
@@ -79,7 +78,7 @@ def test_both_levels_and_every_task_have_their_curves(tracked):
         assert steps[f"train_dice/{task}"] == [1, 2]
         assert steps[f"val_dice/{task}"] == [0, 1, 2]  # 0: before the first step
     rates = [m.value for m in client.get_metric_history(run.info.run_id, "lr_upper")]
-    assert rates == pytest.approx([0.005 * (1 - i / 4) ** 0.9 for i in (1, 2, 3, 4)], abs=1e-9)
+    assert rates == pytest.approx([0.005 * (1 - i / 4) ** 0.9 for i in (0, 1, 2, 3)], abs=1e-9)
 
 
 def test_joint_training_has_no_upper_loss(tracked):
@@ -128,6 +127,38 @@ def test_a_crash_ends_the_run_as_failed_and_resume_goes_on_with_it(phantoms, tmp
     assert [m.step for m in history] == [1, 2, 3, 4]
 
 
+def test_a_run_that_was_killed_between_saves_has_every_step_once(phantoms, tmp_path):
+    store = tmp_path / "store.db"
+    settings = {"max_epochs": 4, "val_interval": 3, "run_name": "one"}
+    with pytest.raises(RuntimeError, match="train::trainer"):
+        train(phantoms, tmp_path / "a", store, crash_at=4, **{**settings, "max_epochs": 4})
+    train(phantoms, tmp_path / "a", store, resume=True, **settings)
+    client, run = MlflowClient(f"sqlite:///{store}"), runs(store)["one"]
+    for name, count in (("loss", 8), ("lr_lower", 8), ("train_dice/lung", 4)):
+        steps = [metric.step for metric in client.get_metric_history(run.info.run_id, name)]
+        assert steps == list(range(1, count + 1)), name
+
+
+def test_tracking_may_begin_with_a_resume(phantoms, tmp_path):
+    store = tmp_path / "store.db"
+    with pytest.raises(RuntimeError, match="train::trainer"):
+        train(phantoms, tmp_path / "a", store, crash_at=2, use_mlflow=False)
+    train(phantoms, tmp_path / "a", store, resume=True, run_name="late")
+    assert runs(store)["late"].info.status == "FINISHED"
+
+
+def test_a_task_may_have_a_name_that_mlflow_does_not_allow(phantoms, tmp_path):
+    content = json.loads((phantoms / "list.json").read_text())
+    content["labels"] = {"background": 0, "lung (L+R)": 1}
+    for section in ("lower", "upper", "validation", "testing"):
+        for item in content[section]:
+            item |= {key: str(phantoms / item[key]) for key in ("image", "label")}
+    content["labels"]["heart"] = 2
+    (tmp_path / "list.json").write_text(json.dumps(content))
+    train(phantoms, tmp_path / "a", tmp_path / "store.db", data_list=str(tmp_path / "list.json"), run_name="one")
+    assert "val_dice/lung _L_R_" in runs(tmp_path / "store.db")["one"].data.metrics
+
+
 def test_an_explicit_store_beats_the_environment(phantoms, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
     train(phantoms, tmp_path / "a", tmp_path / "store.db", max_epochs=1, run_name="one")
@@ -143,6 +174,7 @@ def test_the_adapters_are_kept_wherever_ckpt_dir_is_and_overlays_only_if_wanted(
     assert not list(tmp_path.rglob("overlays/*.png"))
 
 
+@pytest.mark.slow
 def test_nothing_is_told_to_anybody_also_when_monai_came_first():
     """In a fresh process without the variables by which MLflow knows a test."""
     code = (

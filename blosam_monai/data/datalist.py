@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from blosam_monai.transforms import task_values
 logger = logging.getLogger(__name__)
 
 SECTIONS = ("lower", "upper", "validation", "testing")
+_MANY = 32  # gray values: more are no classes
+_SOFT_EDGE = 0.3  # share of the foreground that may lie between 0 and 255 at the edges of a mask
 _DRAWS = 1000  # draws tried for one in which every class is in both halves
 _PLAIN_DRAWS = 100  # of these, the draws that do not prefer images of rare classes
 
@@ -64,7 +67,7 @@ def load_datalist(
         content[name] = [{**item, "section": name} for item in content[name]]
     _check_subjects(content, path)
     if section is not None:
-        if not content.get(section):
+        if section not in SECTIONS or not content[section]:
             raise ValueError(f"{path}: {section} is empty; choose one of {', '.join(SECTIONS)} that holds images.")
         _find_files(content, path, dataset_dir, [section])
         return content
@@ -89,7 +92,12 @@ def _parse_datalist(path: PathLike) -> dict[str, Any]:
     if content["label_coding"] not in LABEL_CODINGS:
         raise ValueError(f"{path}: label_coding {content['label_coding']!r} is not one of {', '.join(LABEL_CODINGS)}.")
     for section in (*SECTIONS, "training"):
-        content[section] = [_named(item, section, path) for item in content.get(section, [])]
+        items = content.get(section) or []
+        if not isinstance(items, list):
+            raise ValueError(f"{path}: {section} is not a list of images.")
+        if section == "testing":  # other lists hold unlabelled tests: there is nothing to score
+            items = [item for item in items if isinstance(item, dict) and "label" in item]
+        content[section] = [_named(item, section, path) for item in items]
     return content
 
 
@@ -212,8 +220,8 @@ def pair_folders(
         raise ValueError(f"{found}: has no partner of stem {stem!r} in {labels if stem in by_stem[0] else images}.")
     return [
         {
-            "image": os.path.relpath(by_stem[0][stem], dataset_dir),
-            "label": os.path.relpath(by_stem[1][stem], dataset_dir),
+            "image": _relative(by_stem[0][stem], dataset_dir),
+            "label": _relative(by_stem[1][stem], dataset_dir),
             "subject": find_subject(stem, subject),
         }
         for stem in sorted(by_stem[0])
@@ -238,17 +246,20 @@ def items_of_list(path: PathLike, *, subject: str | None = None) -> tuple[list[I
 def find_coding(files: Iterable[PathLike]) -> tuple[str, dict[str, int]]:
     """Guess how label files are coded, from all of them: coding and labels (``foreground`` or ``class_<value>``).
 
-    One class in masks of 0 and 255, soft edges or JPEG noise is ``threshold``; small class numbers are ``index``.
+    One class in masks of 0 and 255, with soft edges or JPEG noise, is ``threshold``: many gray values, or few pixels of
+    them. Anything else is ``index``.
     """
-    values: set[int] = set()
+    pixels: Counter[int] = Counter()  # of each label value
     for file in tqdm(list(files), "reading labels"):
         if Path(file).suffix.lower() in (".jpg", ".jpeg"):
             return "threshold", {"background": 0, "foreground": 255}
-        values |= set(np.unique(read_label(file)).tolist())
-    positive = sorted(values - {0})
+        pixels.update(dict(zip(*(a.tolist() for a in np.unique(read_label(file), return_counts=True)), strict=True)))
+    del pixels[0]
+    positive = sorted(pixels)
     if not positive:
         raise ValueError("labels: every label file is empty.")
-    if positive == [255] or (positive[-1] > 240 and len(positive) > 32):
+    between = sum(count for value, count in pixels.items() if value < positive[-1])
+    if positive[-1] > 240 and (len(positive) > _MANY or between < _SOFT_EDGE * pixels.total()):
         return "threshold", {"background": 0, "foreground": 255}
     names = {"foreground": 1} if positive == [1] else {f"class_{value}": value for value in positive}
     return "index", {"background": 0, **names}
@@ -331,14 +342,20 @@ def _split_by_subject(items: Sequence[Item], numbers: list[int], count: int) -> 
 
 
 def _check_subjects(content: dict[str, Any], path: PathLike) -> None:
-    section_of: dict[str, str] = {}
+    """Neither a subject nor an image file may be in two sections."""
+    section_of: dict[tuple[str, str], str] = {}
     for section in SECTIONS:
         for item in content[section]:
-            first = section_of.setdefault(item["subject"], section)
-            if first != section:
-                raise ValueError(
-                    f"{path}: subject {item['subject']} is in {first} and in {section}; keep it in one of them."
-                )
+            for key in ("subject", "image"):
+                first = section_of.setdefault((key, item[key]), section)
+                if first != section:
+                    found = f"{key} {item[key]} is in {first} and in {section}"
+                    raise ValueError(f"{path}: {found}; keep it in one of them.")
+
+
+def _relative(file: Path, folder: PathLike) -> str:
+    """Path of a file from a folder, with forward slashes, so that a list works on every system."""
+    return Path(os.path.relpath(file, folder)).as_posix()
 
 
 def _check_supports(content: dict[str, Any], values: dict[str, list[int]]) -> None:
@@ -377,7 +394,7 @@ def _named(item: Any, section: str, path: PathLike, subject: str | None = None) 
     return {
         "image": image,
         "label": str(item["label"]),
-        "subject": str(item.get("subject") or find_subject(Path(image).name.split(".")[0], subject)),
+        "subject": str(item.get("subject") or find_subject(Path(image).stem.removesuffix(".nii"), subject)),
     }
 
 

@@ -27,7 +27,8 @@ def list_images(path: PathLike) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such file or folder.")
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
+    pictures = (p for p in path.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
+    files = sorted(p for p in pictures if not p.name.startswith("."))  # macOS puts ._ files beside pictures
     if not files:
         raise ValueError(f"{path}: holds no picture ({' '.join(PICTURE_SUFFIXES)}).")
     first_of: dict[str, Path] = {}
@@ -111,7 +112,9 @@ def _open(path: PathLike) -> Image.Image:
 
 
 def _count_pages(picture: Image.Image) -> int:
-    """Number of pages; a TIFF's previews (later pages marked as of reduced resolution) are not counted."""
+    """Number of pages; previews are not counted: a TIFF's pages of reduced resolution, those of phones' MPO."""
+    if picture.format == "MPO":
+        return 1
     pages = getattr(picture, "n_frames", 1)
     if not isinstance(picture, TiffImageFile):
         return pages

@@ -121,6 +121,9 @@ class BilevelTrainer(Trainer):
                 f"optimizer, upper_optimizer: their parameter sets ({len(self.theta)} and {len(self.phi)} tensors) "
                 "must be disjoint and not empty."
             )
+        # Under exchanged levels phi is not the prompt.
+        own = getattr(network, "upper_parameters", None)
+        self.prompt: list[nn.Parameter] = self.phi if own is None else own()
         name_of = {id(p): name for name, p in network.named_parameters()}
         self.theta_names = [name_of[id(p)] for p in self.theta]
         self._upper_stream: Iterator | None = None
@@ -164,7 +167,7 @@ class BilevelTrainer(Trainer):
         self.fire_event(BilevelEvents.UPPER_BACKWARD_COMPLETED)
         self.upper_optimizer.step()
         self.fire_event(BilevelEvents.UPPER_STEP_COMPLETED)
-        output["prompt_norm"] = task_norm(self.phi).mean()
+        output["prompt_norm"] = task_norm(self.prompt).mean()
         self.fire_event(IterationEvents.MODEL_COMPLETED)
         return self.state.output
 
@@ -173,7 +176,8 @@ class BilevelTrainer(Trainer):
         exact = self.hypergradient == "exact" and not joint
         # The optimizer writes theta in place, which would spoil a graph that is still needed: `exact` keeps copies.
         theta = [p.detach().clone().requires_grad_() for p in self.theta] if exact else self.theta
-        before = theta if exact else [p.detach().clone() for p in self.theta]
+        displaces = self.hypergradient == "finite_difference" and not joint
+        before = [p.detach().clone() for p in self.theta] if displaces else []
         pred, losses = self._loss(*batch, theta=theta if exact else None)
         output[CommonKeys.PRED] = pred.detach()
         self.fire_event(IterationEvents.FORWARD_COMPLETED)

@@ -33,9 +33,9 @@ class LowerStep:
     Attributes:
         loss: L1 on the batch of that step.
         theta: the parameters, already holding theta+.
-        before: their values before the step.
-        gradient: g at ``before``, with its graph if the method is ``exact``.
-        jacobian: D.
+        before: their values before the step (``finite_difference``).
+        gradient: g before the step, with its graph if the method is ``exact``.
+        jacobian: D (``exact``, ``finite_difference``).
     """
 
     loss: Loss
@@ -120,6 +120,8 @@ def adamw_jacobian(optimizer: AdamW, parameters: Tensors, *, floor: float = 1e-4
     result = []
     for p in parameters:
         group, state = group_of[id(p)], optimizer.state[p]
+        if group["amsgrad"] or group["maximize"]:
+            raise ValueError("optimizer: the slope of AdamW's step is known without amsgrad and maximize only.")
         (beta1, beta2), eps, t = group["betas"], group["eps"], float(state["step"])
         b1, b2 = 1 - beta1**t, 1 - beta2**t
         s = (state["exp_avg_sq"] / b2).sqrt()

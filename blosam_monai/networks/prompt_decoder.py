@@ -35,7 +35,7 @@ class TaskDecoder(nn.Module):
         head: ``sam`` (SAM's own single-mask token and hyper-network) or ``two_token`` (as published: two new tokens,
             background and foreground, with new hyper-networks; the logit is their difference).
         lora_rank: rank of the low-rank updates.
-        seed: seeds what starts random: LoRA's A, sparse prompts, the tokens and hyper-networks of ``two_token``.
+        seed: seeds what starts random: LoRA's A, and the tokens and hyper-networks of ``two_token``.
 
     Source: Zhang et al. 2024 (BLO-SAM), section 3; Kirillov et al. 2023 (SAM), appendix A.
     """
@@ -66,7 +66,6 @@ class TaskDecoder(nn.Module):
                 mask_tokens, context = torch.randn(2, channels), torch.empty(0, channels)
                 mlp = type(decoder.output_hypernetworks_mlps[0])
                 self.hypernetworks = nn.ModuleList(mlp(channels, channels, channels // 8, 3) for _ in range(2))
-            noise = 0.02 * torch.randn(sparse, channels)  # without it n equal tokens would learn the same
         self.mask_tokens = nn.Parameter(mask_tokens.detach().clone())  # (1 or 2, C)
         self.register_buffer("iou_token", decoder.iou_token.weight.detach().clone())  # (1, C): attended to, as in SAM
         self.register_buffer("context_tokens", context.detach().clone())  # SAM's multi-mask tokens, likewise
@@ -75,7 +74,9 @@ class TaskDecoder(nn.Module):
         prompt_encoder = sam.prompt_encoder
         positive_point = prompt_encoder.point_embeddings[1].weight.detach()
         self.register_buffer("dense_start", prompt_encoder.no_mask_embed.weight.detach()[0].clone())  # (C,)
-        self.register_buffer("sparse_start", positive_point + noise)  # (n, C)
+        # Noise, or n equal tokens would learn the same; of a fixed seed: a saved prompt is the difference from it.
+        noise = torch.randn(sparse, channels, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("sparse_start", positive_point + 0.02 * noise)  # (n, C)
         if dense:
             self.dense_prompt = nn.Parameter(torch.zeros_like(self.dense_start))
         if sparse:
@@ -143,8 +144,6 @@ class PromptDecoder(nn.Module):
         starts = [dict(by_seed[s].named_parameters()) for s in seeds]
         self.theta = _stack(starts, self.template.lower_names())
         self.phi = _stack(starts, self.template.upper_names())
-        if any(by_seed[s].sparse_start.ne(self.template.sparse_start).any() for s in seeds):
-            raise ValueError("seed: sparse prompts start alike in all tasks; give one seed.")
 
     def lower_parameters(self) -> list[nn.Parameter]:
         """Theta: what the lower level trains, each tensor (T, ...)."""

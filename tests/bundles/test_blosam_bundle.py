@@ -64,15 +64,11 @@ def test_no_property_of_the_training_is_missing_or_misspelt(phantoms, tmp_path):
 
 
 @pytest.mark.parametrize("files", [["inference.json"], ["inference.json", "evaluate.json"]])
-def test_no_property_of_the_inference_is_missing_or_misspelt(files, phantoms, tmp_path):
-    evaluation = {
-        "use_mlflow": False,
-        "dataset_dir": str(phantoms),
-        "data_list": str(phantoms / "list.json"),
-        "tasks": ["lung"],
-    }
-    inference = {"dataset_dir": str(phantoms / "images")}
-    flow = workflow(files, "infer", output_dir=str(tmp_path), **(evaluation if files[1:] else inference))
+def test_no_property_of_the_inference_is_missing_or_misspelt(files, trained, phantoms, tmp_path):
+    given = {"dataset_dir": str(phantoms / "images")}
+    if files[1:]:
+        given = {"dataset_dir": str(phantoms), "data_list": str(phantoms / "list.json"), "use_mlflow": False}
+    flow = workflow(files, "infer", output_dir=str(tmp_path), ckpt_dir=str(trained / "models"), **given)
     flow.initialize()
     assert flow.check_properties() == []
 
@@ -194,3 +190,7 @@ def test_it_runs_from_a_foreign_folder_with_tracking_by_monai(phantoms, tmp_path
     assert [run.info.status for run in runs] == ["FINISHED"]
     assert {"train_loss", "loss", "upper_loss", "val_dice/lung"} <= runs[0].data.metrics.keys()
     assert (out / "models" / "model.safetensors").is_file()
+    kept = [path for path in (out / "mlruns").rglob("*") if path.suffix in (".json", ".csv")]
+    assert kept
+    for path in kept:
+        assert str(phantoms) not in path.read_text(), path

@@ -104,8 +104,8 @@ def largest_difference(together: PromptDecoder, alone: list[PromptDecoder]) -> f
 # A larger eps leaves rounding as small as it is; with AdamW's own eps float64 has the room for it.
 PRECISIONS = pytest.mark.parametrize(
     ("dtype", "eps", "tolerance"),
-    [(torch.float32, 1e-2, 1e-5), (torch.float64, 1e-4, 1e-9), (torch.float64, 1e-8, 1e-8)],
-    ids=["float32", "float64", "float64 and AdamW's own eps"],
+    [(torch.float32, 1e-2, 1e-5), (torch.float64, 1e-8, 1e-8)],
+    ids=["float32", "float64 and AdamW's own eps"],
 )
 
 

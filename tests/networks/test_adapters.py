@@ -201,3 +201,14 @@ def test_monai_copies_every_tensor_of_an_exported_file(tmp_path):
     image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert torch.equal(fresh(image), network(image))
+
+
+@pytest.mark.parametrize("prompt", ["sparse:3", "both:2"])
+def test_a_sparse_prompt_of_any_seed_comes_back_as_the_same_network(tmp_path, prompt):
+    network = PromptSam("tiny", 64, "random", ["a"], prompt=prompt, seed=5)
+    settings = {**network.settings, "sam_weights": network.sam_weights}
+    save_adapters(tmp_path / "model.safetensors", network.decoder.adapter_state(), settings)
+    embedding = torch.randn(1, 256, 4, 4)
+    with torch.no_grad():
+        again = load_prompt_sam(tmp_path / "model.safetensors").decode(embedding)
+        assert torch.equal(again, network.decode(embedding))
