@@ -169,8 +169,10 @@ class BilevelMLFlowHandler(MLFlowHandler):
         self._rates = {f"lr_{name}": opt.param_groups[0]["lr"] for name, opt in self.optimizers.items()}
 
     def _default_epoch_log(self, engine: Engine) -> None:
-        self._log_metrics({k: v for k, v in engine.state.metrics.items() if np.isscalar(v)}, engine.state.epoch)
-        for metric in engine.state.metric_details:
+        details = engine.state.metric_details
+        others = {k: v for k, v in engine.state.metrics.items() if k not in details and np.isscalar(v)}
+        self._log_metrics(others, engine.state.epoch)
+        for metric in details:
             self._log_tasks(engine, metric.removesuffix("_mean_dice"))
 
     def _log_tasks(self, engine: Engine, name: str) -> None:
@@ -318,6 +320,7 @@ def _anonymous(content: dict[str, Any]) -> dict[str, Any]:
                 "label": file_name(str(item.get("label"))),
                 "subject": subjects.setdefault(str(item.get("subject", item["image"])), f"subject {len(subjects) + 1}"),
             }
-            for item in content[section]
+            for item in content[section] or []
+            if isinstance(item, dict)
         ]
     return result

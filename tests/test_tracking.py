@@ -74,6 +74,7 @@ def test_both_levels_and_every_task_have_their_curves(tracked):
     for name in ("loss", "upper_loss", "lr_lower", "lr_upper", "prompt_norm", "hypergradient_norm"):
         assert steps[name] == [1, 2, 3, 4], name  # two epochs of two images
     assert len(run.data.params["supports"].split(",")) == 4
+    assert steps["train_mean_dice"] == [1, 2]
     for task in ("lung", "heart"):
         assert steps[f"train_dice/{task}"] == [1, 2]
         assert steps[f"val_dice/{task}"] == [0, 1, 2]  # 0: before the first step
@@ -154,6 +155,8 @@ def test_a_task_may_have_a_name_that_mlflow_does_not_allow(phantoms, tmp_path):
         for item in content[section]:
             item |= {key: str(phantoms / item[key]) for key in ("image", "label")}
     content["labels"]["heart"] = 2
+    content["testing"].append("images/unlabelled.png")  # as the Decathlon writes them
+    content["validation"] = content["validation"] or None
     (tmp_path / "list.json").write_text(json.dumps(content))
     train(phantoms, tmp_path / "a", tmp_path / "store.db", data_list=str(tmp_path / "list.json"), run_name="one")
     assert "val_dice/lung _L_R_" in runs(tmp_path / "store.db")["one"].data.metrics
