@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image, TiffImagePlugin
 
@@ -42,7 +43,10 @@ def test_a_picture_of_any_format_comes_out_upright(tmp_path, suffix):
     assert np.abs(image - corner_picture()).max() <= 8  # JPEG; the step at the corner is 224
 
 
-@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "CMYK", "YCbCr"])
+OLD_PILLOW = pytest.mark.skipif(PIL.__version__ < "13", reason="Pillow 12 does not read the YCbCr TIFF that it writes")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "LA", "CMYK", pytest.param("YCbCr", marks=OLD_PILLOW)])
 def test_every_kind_of_pixel_gives_the_colours_that_were_saved(tmp_path, mode):
     rgb = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
     rgb[:] = (40, 40, 40) if mode in ("L", "LA") else (200, 40, 10)
