@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from blosam_monai.data.readers import read_image
 from blosam_monai.data.writers import write_overlay
+from blosam_monai.engines.bilevel_trainer import UPPER_LOSS
 from blosam_monai.files import PathLike, atomic, file_sha256
 from blosam_monai.metrics import case_scores, write_table
 from blosam_monai.networks.adapters import save_adapters
@@ -285,7 +286,7 @@ class ProgressHandler:
         assert self.bar is not None
         self.bar.update()
         first = engine.state.output[0] if isinstance(engine.state.output, list) else {}
-        shown = {k: f"{float(first[k]):.3f}" for k in (CommonKeys.LOSS, "upper_loss") if k in first}
+        shown = {k: f"{float(first[k]):.3f}" for k in (CommonKeys.LOSS, UPPER_LOSS) if k in first}
         self.bar.set_postfix(shown, refresh=False)
 
     def _end(self, engine: Engine) -> None:

@@ -24,10 +24,11 @@ from ignite.engine import Engine, Events
 from mlflow.entities import Metric
 from monai.engines import Evaluator
 from monai.handlers import MLFlowHandler
+from monai.utils.enums import CommonKeys
 
 from blosam_monai import __version__
 from blosam_monai.data.datalist import SECTIONS
-from blosam_monai.engines.bilevel_trainer import BilevelEvents
+from blosam_monai.engines.bilevel_trainer import UPPER_LOSS, BilevelEvents
 from blosam_monai.files import PathLike, file_sha256
 from blosam_monai.handlers import case_id
 from blosam_monai.metrics import write_rows
@@ -59,7 +60,7 @@ class BilevelMLFlowHandler(MLFlowHandler):
     """
 
     default_tracking_params: list[str] = []  # noqa: RUF012 (all settings are in experiment_param)
-    NUMBERS = ("loss", "upper_loss", "hypergradient_norm", "prompt_norm")
+    NUMBERS = (CommonKeys.LOSS, UPPER_LOSS, "hypergradient_norm", "prompt_norm")
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from blosam_monai.networks.lora import LoRALinear, add_lora, merge_lora
+from blosam_monai.networks.lora import add_lora, lora_parameters, merge_lora
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
@@ -86,7 +86,7 @@ class TaskDecoder(nn.Module):
     def lower_names(self) -> list[str]:
         """Names of theta: low-rank factors, mask tokens, hyper-networks, upscaling."""
         prefixes = ("mask_tokens", "hypernetworks.", "output_upscaling.")
-        factors = {id(p) for m in self.modules() if isinstance(m, LoRALinear) for p in (m.lora_a, m.lora_b)}
+        factors = {id(factor) for factor in lora_parameters(self)}
         return [name for name, p in self.named_parameters() if id(p) in factors or name.startswith(prefixes)]
 
     def upper_names(self) -> list[str]:

@@ -259,11 +259,12 @@ def configured_handlers(decoder: PromptDecoder, iterations: int, **overrides):
     return parser.get_parsed_content("optimizer"), parser.get_parsed_content("upper_optimizer"), handlers
 
 
-def test_each_level_has_its_rate_which_decays_by_the_power_nine_tenths(decoder):
-    lower, upper, handlers = configured_handlers(decoder, 6, lower_lr=4e-3, upper_lr=1e-3)
+def as_the_bundle_trains(decoder, epochs: int, **rates) -> tuple[BilevelTrainer, list]:
+    """A trainer on two images a level, with the optimizers and schedules of the bundle."""
+    lower, upper, handlers = configured_handlers(decoder, 2 * epochs, **rates)
     trainer = BilevelTrainer(
         "cpu",
-        3,
+        epochs,
         make_loader(make_items(2)),
         decoder,
         lower,
@@ -272,8 +273,13 @@ def test_each_level_has_its_rate_which_decays_by_the_power_nine_tenths(decoder):
         upper_data_loader=make_loader(make_items(2, seed=1)),
         train_handlers=handlers,
     )
+    return trainer, [lower, upper]
+
+
+def test_each_level_has_its_rate_which_decays_by_the_power_nine_tenths(decoder):
+    trainer, optimizers = as_the_bundle_trains(decoder, 3, lower_lr=4e-3, upper_lr=1e-3)
     rates = []
-    read = lambda: rates.append([opt.param_groups[0]["lr"] for opt in (lower, upper)])
+    read = lambda: rates.append([opt.param_groups[0]["lr"] for opt in optimizers])
     trainer.add_event_handler(BilevelEvents.LOWER_STEP_COMPLETED, read)
     trainer.run()
     expected = [[lr0 * (1 - i / 6) ** 0.9 for lr0 in (4e-3, 1e-3)] for i in range(6)]
@@ -281,18 +287,7 @@ def test_each_level_has_its_rate_which_decays_by_the_power_nine_tenths(decoder):
 
 
 def test_betas_and_weight_decay_stay_those_of_the_paper(decoder):
-    lower, upper, handlers = configured_handlers(decoder, 4)
-    trainer = BilevelTrainer(
-        "cpu",
-        2,
-        make_loader(make_items(2)),
-        decoder,
-        lower,
-        upper,
-        TaskDiceCELoss(),
-        upper_data_loader=make_loader(make_items(2, seed=1)),
-        train_handlers=handlers,
-    )
+    trainer, (lower, upper) = as_the_bundle_trains(decoder, 2)
     trainer.run()
     for optimizer in (lower, upper):
         assert tuple(optimizer.param_groups[0]["betas"]) == (0.9, 0.999)
