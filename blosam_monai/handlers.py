@@ -34,6 +34,11 @@ def case_id(path: PathLike) -> str:
     return file_sha256(path)[:12]
 
 
+def task_means(engine: Engine, metric: str) -> Tensor:
+    """Mean of a metric of an engine for each task (T,), from its details (cases, T); not-a-number cases left out."""
+    return torch.as_tensor(engine.state.metric_details[metric]).nanmean(dim=0).cpu()
+
+
 class CaseTableHandler:
     """Score every case of an evaluator on its own grid; write ``cases.csv``, ``summary.json`` and overlays at the end.
 
@@ -158,8 +163,7 @@ class BestAdapters:
 
     def compare(self, evaluator: Engine) -> None:
         """Take over the tasks whose Dice is above their best, and write the file if there are any."""
-        details = torch.as_tensor(evaluator.state.metric_details[self.metric])
-        scores = details.nanmean(dim=0).nan_to_num(-torch.inf).cpu()
+        scores = task_means(evaluator, self.metric).nan_to_num(-torch.inf)
         better = scores > self.score
         if better.any():
             self._take(better, evaluator.state.epoch)
@@ -230,9 +234,8 @@ class TrainingState:
         self.path, self.objects, self.interval = Path(path), dict(objects), interval
         self.settings = json.loads(json.dumps(dict(settings), default=str))
 
-    def prepare(self, trainer: Engine, *, resume: bool, overwrite: bool) -> None:
-        """Restore the state if ``resume``; else refuse to write over an earlier training unless ``overwrite``."""
-        check_state(self.path, resume=resume, overwrite=overwrite)
+    def attach(self, trainer: Engine, *, resume: bool = False) -> None:
+        """Attach to the trainer; restore the saved state first if ``resume`` (``check_state`` has found it there)."""
         if resume:
             self._restore(trainer)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self.save)

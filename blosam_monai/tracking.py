@@ -30,17 +30,11 @@ from blosam_monai import __version__
 from blosam_monai.data.datalist import SECTIONS
 from blosam_monai.engines.bilevel_trainer import UPPER_LOSS, BilevelEvents
 from blosam_monai.files import PathLike, file_sha256
-from blosam_monai.handlers import case_id
+from blosam_monai.handlers import case_id, task_means
 from blosam_monai.metrics import write_rows
 from blosam_monai.networks.prompt_sam import PromptSam
 
 logger = logging.getLogger(__name__)
-
-
-def task_scores(engine: Engine, tasks: Sequence[str], metric: str) -> dict[str, float]:
-    """Mean of a metric of an engine for each task, from its details (cases, T); not-a-number cases left out."""
-    details = torch.as_tensor(engine.state.metric_details[metric])
-    return dict(zip(tasks, details.nanmean(dim=0).tolist(), strict=True))
 
 
 class BilevelMLFlowHandler(MLFlowHandler):
@@ -179,7 +173,7 @@ class BilevelMLFlowHandler(MLFlowHandler):
     def _log_tasks(self, engine: Engine, name: str) -> None:
         self.start(engine)  # an evaluation before the first epoch comes before the trainer has started
         for metric in engine.state.metric_details:
-            scores = task_scores(engine, self.tasks, metric)
+            scores = dict(zip(self.tasks, task_means(engine, metric).tolist(), strict=True))
             self._log_metrics({f"{name}_dice/{task}": score for task, score in scores.items()}, engine.state.epoch)
             self._log_metrics({f"{name}_mean_dice": engine.state.metrics[metric]}, engine.state.epoch)
 

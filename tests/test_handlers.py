@@ -122,9 +122,7 @@ def test_a_resumed_run_does_not_replace_a_better_model_by_a_worse_one(network, t
 
     second = ScriptedRun(network, path, selection="validation")
     second.trainer.state.epoch_length = 1
-    TrainingState(tmp_path / "state.pt", {"best": second.best}, {}).prepare(
-        second.trainer, resume=True, overwrite=False
-    )
+    TrainingState(tmp_path / "state.pt", {"best": second.best}, {}).attach(second.trainer, resume=True)
     second.epoch(2, (0.5, 0.5))
     second.finish()
     assert second.written() == {"lung": {1.0}, "heart": {2.0}}
@@ -134,7 +132,7 @@ def test_the_state_is_saved_at_its_interval_and_after_the_last_epoch(tmp_path):
     trainer = Engine(lambda engine, batch: None)
     saved = []
     state = TrainingState(tmp_path / "state.pt", {}, {}, interval=2)
-    state.prepare(trainer, resume=False, overwrite=False)
+    state.attach(trainer)
 
     @trainer.on(Events.EPOCH_COMPLETED)
     def note() -> None:
