@@ -48,7 +48,11 @@ KEYS = {
     "selection": "model kept: last, upper (best Dice on D2, the paper) or validation",
     "val_interval": "epochs between validations and between saves of the training state",
     "augment_views": "extra fixed views of each support image",
-    "nsd_tolerance": "tolerance of the surface Dice, pixels",
+    "window": 'gray values shown: [low, high] (HU), three of these, {"percentiles": [1, 99]} or {"zscore": 3} '
+    "(default: all of 8 bits, else percentiles 0.5 to 99.5)",
+    "neighbours": "slices so many before and after as the other two channels; 0: none",
+    "cache_dir": "folder of encoded images (default: in the package's cache), `none` for no cache on disk",
+    "nsd_tolerance": "tolerance of the surface Dice, mm (pixels where an image has no spacing)",
     "amp": "bfloat16 on CUDA",
     "resume": "go on with the training in output_dir",
     "overwrite": "replace what is in output_dir",
@@ -60,16 +64,28 @@ KEYS = {
     "section": "section of the data list to evaluate",
     "threshold": "probability above which a pixel is foreground",
     "merge": "argmax (one label map) or separate (one mask a task)",
+    "probabilities": "also write a map of probabilities for each task",
+    "dicom_output": "what a DICOM series becomes: JSON list of seg and nifti",
+    "largest_component": "keep the largest component: true, false or a JSON list of tasks",
+    "fill_holes": "fill holes: true, false or a JSON list of tasks",
+    "average_axes": "average over slices along all three axes of a volume",
+    "slice_axis": "axial, coronal or sagittal (default: that of the training)",
+    "series": "SeriesInstanceUID, where a folder holds several series",
+    "allow": "JSON list of flaws of a DICOM series to accept",
     "overlays": "also write the images with masks tinted",
 }
 POSITIVE_KEYS = ("max_epochs", "batch_size", "val_interval")
-TRAIN_KEYS = [k for k in KEYS if k not in ("section", "threshold", "merge")]
+_CASE_KEYS = ("largest_component", "fill_holes", "average_axes", "slice_axis")
+_PREDICT_ONLY = ("merge", "probabilities", "dicom_output", *_CASE_KEYS, "series", "allow")
+TRAIN_KEYS = [k for k in KEYS if k not in ("section", "threshold", *_PREDICT_ONLY)]
 EVALUATE_KEYS = [
-    *("data_list", "dataset_dir", "output_dir", "device", "sam_checkpoint", "section", "threshold", "overlays"),
-    *("nsd_tolerance", "use_mlflow", "log_paths", "tracking_uri", "experiment_name", "run_name"),
+    *("data_list", "dataset_dir", "output_dir", "device", "sam_checkpoint", "section", "threshold", *_CASE_KEYS),
+    *("overlays", "nsd_tolerance", "use_mlflow", "log_paths", "tracking_uri", "experiment_name", "run_name"),
     "overwrite",
 ]
-PREDICT_KEYS = ["output_dir", "device", "sam_checkpoint", "threshold", "merge", "overlays", "overwrite"]
+PREDICT_KEYS = [
+    *("output_dir", "device", "sam_checkpoint", "threshold", *_PREDICT_ONLY, "overlays", "log_paths", "overwrite"),
+]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -104,21 +120,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from mlflow.exceptions import MlflowException  # a store that is unknown or does not answer
         from tqdm import tqdm
 
-        cause = _root_cause(error)
+        from blosam_monai.errors import one_line, root_cause
+
+        cause = root_cause(error)
         if not isinstance(cause, (ValueError, OSError, MlflowException)):
             raise
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()  # or the message would stand at the end of its line
-        print(f"blosam: {' '.join(str(cause).splitlines())}", file=sys.stderr)
+        print(f"blosam: {one_line(cause)}", file=sys.stderr)
         return 1
     return 0
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    """MONAI wraps what a config or a transform raises; a user needs the innermost of the wrapped."""
-    while isinstance(error, RuntimeError) and error.__cause__ is not None:
-        error = error.__cause__
-    return error
 
 
 def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
@@ -161,9 +172,9 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     evaluate = verb("evaluate", _evaluate, "Score a trained segmenter on a section of a data list.")
     evaluate.add_argument("--model", required=True, help="output_dir of the training")
     _add_keys(evaluate, EVALUATE_KEYS, ("inference.json", "evaluate.json"), required=("data_list", "output_dir"))
-    predict = verb("predict", _predict, "Segment a picture or a folder of pictures.")
+    predict = verb("predict", _predict, "Segment a picture, a volume, a DICOM series, or a folder of these.")
     predict.add_argument("--model", required=True, help="output_dir of the training")
-    predict.add_argument("--input", required=True, help="picture, or folder of pictures")
+    predict.add_argument("--input", required=True, help="picture, volume, DICOM series, or folder of these")
     _add_keys(predict, PREDICT_KEYS, ("inference.json",), required=("output_dir",))
     demo = verb("demo", _demo, "Train, evaluate and predict on generated chest films.")
     demo.add_argument("--output_dir", default="demo", help="folder for everything (default: demo)")
@@ -197,6 +208,8 @@ def _show(default: Any) -> str:
 def _type_of(key: str, default: Any) -> Callable[[str], Any]:
     if key == "device":
         return _device
+    if key in ("largest_component", "fill_holes"):
+        return _boolean_or_names
     if isinstance(default, bool):
         return _boolean
     if isinstance(default, int):
@@ -210,6 +223,10 @@ def _boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"expected true or false, found {text!r}")
     return text.lower() == "true"
+
+
+def _boolean_or_names(text: str) -> Any:
+    return _json(text) if text.startswith("[") else _boolean(text)
 
 
 def _whole_number(text: str, least: int = 0) -> int:

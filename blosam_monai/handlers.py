@@ -1,14 +1,15 @@
-"""What happens around the iterations: scores of cases, the best adapters, exact resume, progress."""
+"""What happens around the iterations: scores of cases, the manifest, the best adapters, exact resume, progress."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import Evaluator
@@ -16,22 +17,30 @@ from monai.utils.enums import CommonKeys
 from torch import Tensor
 from tqdm import tqdm
 
-from blosam_monai.data.readers import read_image
-from blosam_monai.data.writers import write_overlay
+from blosam_monai.data.readers import case_stem
+from blosam_monai.data.writers.pictures import write_overlay
 from blosam_monai.engines.bilevel_trainer import UPPER_LOSS
-from blosam_monai.files import PathLike, atomic, file_sha256
+from blosam_monai.engines.case_evaluator import FAILED, CaseEvents
+from blosam_monai.errors import one_line, without_names
+from blosam_monai.files import PathLike, atomic, content_sha256
 from blosam_monai.metrics import case_scores, write_table
 from blosam_monai.networks.adapters import save_adapters
 from blosam_monai.networks.prompt_sam import PromptSam
+from blosam_monai.transforms import picture_of
 
 logger = logging.getLogger(__name__)
 
 SELECTIONS = ("last", "upper", "validation")
 
 
-def case_id(path: PathLike) -> str:
-    """What a case is called in logs and in MLflow: the first 12 digits of its file's SHA-256, never a name."""
-    return file_sha256(path)[:12]
+def case_id(item: Mapping[Any, Any]) -> str:
+    """What a case is called in logs and in MLflow: the first 12 digits of its image's SHA-256, and its slice."""
+    path = item["source"] if "source" in item else item["image"]
+    return content_sha256(path)[:12] + _slice_suffix(item.get("slice"))
+
+
+def _slice_suffix(number: Any) -> str:
+    return "" if number is None else f"_slice{int(number):03d}"
 
 
 def task_means(engine: Engine, metric: str) -> Tensor:
@@ -40,14 +49,14 @@ def task_means(engine: Engine, metric: str) -> Tensor:
 
 
 class CaseTableHandler:
-    """Score every case of an evaluator on its own grid; write ``cases.csv``, ``summary.json`` and overlays at the end.
+    """Score every case of an evaluator on its own grid; overlays as it goes, the tables at the end.
 
     Args:
-        output_dir: folder of the table.
+        output_dir: folder of ``cases.csv``, ``cases.json``, ``summary.json`` and ``overlays``.
         tasks: names of the tasks.
         settings: what the summary says beside the scores (weights, data list, thresholds).
-        nsd_tolerance: pixels, see ``case_scores``.
-        overlays: write prediction and label over each image.
+        nsd_tolerance: mm, or pixels where the image has no spacing, see ``case_scores``.
+        overlays: write prediction and label over each image (of a volume, the slice with most of both).
         overwrite: replace an earlier table.
     """
 
@@ -64,11 +73,10 @@ class CaseTableHandler:
         self.output_dir, self.tasks, self.overlays = Path(output_dir), list(tasks), overlays
         if (self.output_dir / "cases.csv").exists() and not overwrite:
             raise FileExistsError(f"output_dir: {output_dir} holds scores; choose another or add overwrite=true.")
-        self.settings = {**settings, "nsd_tolerance_pixels": nsd_tolerance}
+        self.settings = {**settings, "nsd_tolerance": nsd_tolerance}
         self.nsd_tolerance = nsd_tolerance
-        self._masks: dict[str, list[np.ndarray]] = {}  # case name -> prediction and label, 8 pixels a byte
         self.rows: list[dict[str, Any]] = []
-        self.source_of: dict[str, str] = {}  # case name -> image file
+        self._case_of: dict[str, str] = {}  # name in the table -> image
 
     def attach(self, engine: Engine) -> None:
         """Attach to an evaluator."""
@@ -79,47 +87,111 @@ class CaseTableHandler:
     def clear(self, engine: Engine) -> None:
         """Forget the cases of an earlier run of the evaluator."""
         self.rows.clear()
-        self.source_of.clear()
-        self._masks.clear()
+        self._case_of.clear()
 
     def score(self, engine: Engine) -> None:
-        """Score the cases of this iteration; predictions are binary (T, H, W)."""
+        """Score the cases of this iteration; predictions are binary, (T, H, W) or (T, D, H, W)."""
         for item, output in zip(engine.state.batch, engine.state.output, strict=True):
-            source, pred, label = item["source"], output[CommonKeys.PRED].cpu(), output[CommonKeys.LABEL].cpu()
-            scores = case_scores(pred, label, nsd_tolerance=self.nsd_tolerance)
-            identity, name = case_id(source), Path(source).stem
-            if self.source_of.setdefault(name, source) != source:
-                name = f"{name}_{identity}"  # a picture of the same stem in another folder
-                self.source_of[name] = source
+            pred, label = (output[key].cpu() for key in (CommonKeys.PRED, CommonKeys.LABEL))
+            spacing = None if item["unit"] == "pixel" else [float(size) for size in item["spacing"]]
+            scores = case_scores(pred, label, spacing=spacing, nsd_tolerance=self.nsd_tolerance)
+            identity = case_id(item)
+            name = self._name(item, identity)
             for t, task in enumerate(self.tasks):
                 self.rows.append(
                     {
                         "case": name,
                         "case_id": identity,
+                        "subject": item["subject"],
                         "section": item["section"],
                         "task": task,
-                        **{name: float(values[t]) for name, values in scores.items()},
+                        "unit": item["unit"],
+                        **{score: float(values[t]) for score, values in scores.items()},
                         "label_empty": int(not label[t].any()),
                         "pred_empty": int(not pred[t].any()),
                     }
                 )
             if self.overlays:
-                self._masks[name] = [np.packbits(mask.numpy() > 0, axis=-1) for mask in (pred, label)]
+                self._draw(name, item, pred, label)
 
     def write(self, engine: Engine) -> None:
-        """Write the table; log its summary."""
-        for name, masks in self._masks.items():  # with the table, or not at all
-            image = read_image(self.source_of[name])
-            pred, label = (np.unpackbits(mask, axis=-1, count=image.shape[-1]) for mask in masks)
-            write_overlay(self.output_dir / "overlays" / f"{name}.png", image, pred, label)
-        for section, by_task in write_table(self.output_dir, self.rows, self.settings).items():
+        """Write the tables; log their summary."""
+        if not self.rows:
+            return  # every case failed; the manifest says why
+        failed = sum(case.status == FAILED for case in getattr(engine, "cases", ()))
+        summary = write_table(self.output_dir, self.rows, {**self.settings, "failed_cases": failed})
+        units = " and ".join(sorted({row["unit"] for row in self.rows}))
+        for section, by_task in summary.items():
             for task in self.tasks:
                 numbers = by_task[task]
                 logger.info(
-                    "%s, %s: Dice %.3f (SD %.3f), HD95 %.1f pixels, NSD %.3f; %d cases, %d empty labels",
-                    *(section, task, numbers["dice_mean"], numbers["dice_sd"], numbers["hd95_mean"]),
+                    "%s, %s: Dice %.3f (SD %.3f), HD95 %.1f %s, NSD %.3f; %d cases, %d empty labels",
+                    *(section, task, numbers["dice_mean"], numbers["dice_sd"], numbers["hd95_mean"], units),
                     *(numbers["nsd_mean"], numbers["cases"], numbers["empty_labels"]),
                 )
+
+    def _name(self, item: Mapping[str, Any], identity: str) -> str:
+        """What the table calls a case: stem and slice, and the hash where another image has the same."""
+        name = case_stem(item["source"]) + _slice_suffix(item.get("slice"))
+        if self._case_of.setdefault(name, item["source"]) != item["source"]:
+            name = f"{name}_{identity}"
+        return name
+
+    def _draw(self, name: str, item: Mapping[str, Any], pred: Tensor, label: Tensor) -> None:
+        if pred.ndim == 4:
+            shown = int((pred > 0).sum(dim=(0, 2, 3)).add((label > 0).sum(dim=(0, 2, 3))).argmax())
+            pred, label, picture = pred[:, shown], label[:, shown], item[CommonKeys.IMAGE][:, shown]
+        else:
+            picture = item["picture"]
+        path = self.output_dir / "overlays" / f"{name}.png"
+        write_overlay(path, picture_of(picture).numpy(), pred.numpy(), label.numpy())
+
+
+class ManifestHandler:
+    """Write a line of JSON for every case, as it ends: what was written, how long it took, or why it failed.
+
+    The file is ``manifest.jsonl`` in ``output_dir``; a later run adds to it. A case is told by its number and its hash;
+    names of files only if ``log_paths``.
+
+    Args:
+        output_dir: folder of the manifest.
+        log_paths: also the paths of image and outputs, and errors as they were said on the terminal.
+    """
+
+    def __init__(self, output_dir: PathLike, *, log_paths: bool = False) -> None:
+        self.path, self.log_paths = Path(output_dir) / "manifest.jsonl", log_paths
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a ``CaseEvaluator``."""
+        engine.add_event_handler(CaseEvents.CASE_COMPLETED, self.note)
+
+    def note(self, engine: Any) -> None:
+        """Add the line of the last case."""
+        case = engine.cases[-1]
+        paths = [case.given[key] for key in (CommonKeys.IMAGE, CommonKeys.LABEL) if key in case.given]
+        line = {
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "number": case.number,
+            "case_id": case_id(case.given) if Path(paths[0]).exists() else None,
+            "status": case.status,
+            "seconds": round(case.seconds, 3),
+            "outputs": [
+                {"content": output.content, "format": output.format, "task": output.task}
+                | ({"path": str(output.path)} if self.log_paths else {})
+                for output in case.outputs
+            ],
+            "notes": list(case.notes),
+        }
+        if case.error is not None:
+            text = one_line(case.error)
+            line["error"] = text if self.log_paths else without_names(text, *paths)
+        if self.log_paths:
+            line["image"] = str(paths[0])
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a+b") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            torn = file.read(1) not in (b"", b"\n")  # an earlier run was killed in mid-line
+            file.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
 
 
 class BestAdapters:
@@ -288,7 +360,7 @@ class ProgressHandler:
     def _advance(self, engine: Engine) -> None:
         assert self.bar is not None
         self.bar.update()
-        first = engine.state.output[0] if isinstance(engine.state.output, list) else {}
+        first = engine.state.output[0] if isinstance(engine.state.output, list) and engine.state.output else {}
         shown = {k: f"{float(first[k]):.3f}" for k in (CommonKeys.LOSS, UPPER_LOSS) if k in first}
         self.bar.set_postfix(shown, refresh=False)
 

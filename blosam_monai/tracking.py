@@ -127,7 +127,8 @@ class BilevelMLFlowHandler(MLFlowHandler):
         scores = json.loads((Path(output_dir) / "summary.json").read_text(encoding="utf-8"))["scores"]
         for section, by_task in scores.items():
             for task, numbers in by_task.items():
-                self._log_metrics({f"{section}_{name}/{task}": value for name, value in numbers.items()})
+                known = {name: value for name, value in numbers.items() if value is not None}  # else no case has it
+                self._log_metrics({f"{section}_{name}/{task}": value for name, value in known.items()})
         with tempfile.TemporaryDirectory() as folder:
             collect_record(folder, output_dir, data_list, configs, options)
             self._flush()
@@ -241,11 +242,13 @@ def describe_run(options: Mapping[str, Any], datalist: Mapping[str, Any], networ
         "sam_weights": network.sam_weights,
         "n_shot": len(supports),
         "draw": datalist.get("seed", options["seed"]),
-        "supports": [case_id(item["image"]) for item in supports],
+        "supports": [case_id(item) for item in supports],
         "data_list_name": datalist.get("name", ""),
         "data_list_sha256": file_sha256(options["data_list"]),
         "labels": datalist["labels"],
         "label_coding": datalist["label_coding"],
+        "slice_axis": datalist.get("slice_axis"),
+        "snomed": {task: codes for task, codes in datalist.get("snomed", {}).items() if task in network.tasks},
     }
 
 
@@ -274,7 +277,7 @@ def collect_record(
             shutil.copy(overlay, folder / "overlays" / f"{row['case' if log_paths else 'case_id']}.png")
     content = json.loads(Path(data_list).read_text(encoding="utf-8"))
     if not log_paths:
-        rows = [{name: value for name, value in row.items() if name != "case"} for row in rows]
+        rows = [{name: value for name, value in row.items() if name not in ("case", "subject")} for row in rows]
         content = _anonymous(content)
     write_rows(folder / "cases.csv", rows)
     (folder / "data_list.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
@@ -290,12 +293,15 @@ def _copy_config(config: Path, folder: Path, *, log_paths: bool) -> None:
     (folder / config.name).write_text(json.dumps(kept, indent=4), encoding="utf-8")
 
 
-_PATHS = ("data_list", "dataset_dir", "output_dir", "ckpt_dir", "sam_checkpoint", "tracking_uri", "bundle_root")
+_PATHS = (
+    *("data_list", "dataset_dir", "output_dir", "ckpt_dir", "sam_checkpoint", "tracking_uri", "bundle_root"),
+    "cache_dir",
+)
 _HOW_TO_RUN = (
     *("device", "resume", "overwrite", "use_mlflow", "log_paths", "experiment_name", "run_name"),
     *("overlays", "nsd_tolerance"),
 )
-_PUBLIC = ("labels", "label_coding", "n_shot", "seed")
+_PUBLIC = ("labels", "label_coding", "slice_axis", "n_shot", "seed")
 
 
 def _anonymous(content: dict[str, Any]) -> dict[str, Any]:

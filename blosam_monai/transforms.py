@@ -1,70 +1,78 @@
 """From files to network input and from logits to label maps: dictionary transforms of one item.
 
-An item has the keys ``image label pred embedding`` and, beside them, ``source`` (path of the image file),
-``native_size`` and ``input_size`` ((H, W) in pixels, as tensors of two): what puts a prediction back on its own grid.
+An item has the keys ``image label pred embedding``. A case is a stack of upright slices, ``image`` (C, D, H, W) and
+``label`` (T, D, H, W), D = 1 for a picture; training is on single slices, (3, H, W) and (T, H, W). Beside them stand
+``source`` (path of the image), ``spacing`` (mm, or 1 where the unit is the pixel), ``native_size`` and ``input_size``
+((H, W) in pixels) and, of a case, ``grid``: what puts a prediction back into its file.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Hashable, Mapping, Sequence
-from pathlib import Path
+import logging
+import math
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform, Transform
-from scipy.ndimage import zoom
+from scipy.ndimage import binary_fill_holes, zoom
+from scipy.ndimage import label as connected_components
 from torch import Tensor
 from torch.nn import functional as F
 
+from blosam_monai.data.geometry import Image, choose_slice_axis, spacing, upright
 from blosam_monai.data.readers import read_image, read_label
-from blosam_monai.data.writers import write_label, write_overlay
-from blosam_monai.files import PathLike
+from blosam_monai.data.tasks import Labels, task_values
+from blosam_monai.data.windows import Window, check_window, display_stack
+from blosam_monai.files import content_sha256
 from blosam_monai.networks.sam import PIXEL_MEAN, PIXEL_STD
 
+logger = logging.getLogger(__name__)
+
 Item = dict[Hashable, Any]
-Labels = Mapping[str, int | Sequence[int]]  # name -> label value, or values of a union; "background" is 0
 
 PREPROCESS = ("sam", "paper")
 MERGE_RULES = ("argmax", "separate")
 
 
-def task_values(labels: Labels, tasks: Sequence[str] | None = None) -> dict[str, list[int]]:
-    """The label values of each task, in task order; without ``tasks``, of every label but background.
-
-    >>> task_values({"background": 0, "wheel": 2, "glass": [3, 4]})
-    {'wheel': [2], 'glass': [3, 4]}
-
-    Raises:
-        ValueError: a task that is not among the labels, none at all, or one twice.
-    """
-    values = {name: [int(v) for v in ([value] if isinstance(value, int) else value)] for name, value in labels.items()}
-    values = {name: numbers for name, numbers in values.items() if name != "background" and numbers != [0]}
-    chosen = list(values) if tasks is None else [tasks] if isinstance(tasks, str) else list(tasks)
-    unknown = [name for name in chosen if name not in values]
-    if unknown or not chosen or len(set(chosen)) < len(chosen):
-        raise ValueError(f"tasks: {chosen} must be some of the labels {', '.join(values)}, each once.")
-    return {name: values[name] for name in chosen}
-
-
 class LoadCased(Transform):
-    """Read an item's files: paths become ``image`` (3, H, W), 0 to 255, and, where there is one, ``label`` (T, H, W).
+    """Read an item's files: paths become ``image`` (C, D, H, W), 0 to 255, and, if any, ``label`` (T, D, H, W).
+
+    An item with the key ``slice`` becomes that slice alone. What the readers had to decide is logged under the case's
+    hash and kept as ``notes``.
 
     Args:
         labels: the data list's names and values.
         tasks: names of the tasks, see ``task_values``.
         label_coding: see ``read_label``.
+        window, neighbours: see ``data.windows``.
+        slice_axis: ``axial``, ``coronal`` or ``sagittal``; None: as the volume was acquired.
+        series, allow: see ``read_image``; an item's own ``series`` comes first.
 
     Raises:
-        ValueError: label and image differ in size, or the label holds a value that the list does not name.
+        ValueError: image or label cannot be used, or the label holds a value that the list does not name.
     """
 
-    def __init__(self, labels: Labels, tasks: Sequence[str] | None = None, label_coding: str = "index") -> None:
+    def __init__(
+        self,
+        labels: Labels,
+        tasks: Sequence[str] | None = None,
+        label_coding: str = "index",
+        *,
+        window: Window = None,
+        neighbours: int = 0,
+        slice_axis: str | None = None,
+        series: str | None = None,
+        allow: Collection[str] = (),
+    ) -> None:
         self.values = task_values(labels, tasks)
         self.known = {v for values in task_values(labels).values() for v in values}
         self.coding = label_coding
+        self.window, self.neighbours, self.slice_axis = check_window(window), neighbours, slice_axis
+        self.series, self.allow = series, tuple(allow)
         if label_coding == "threshold" and len(self.known) != 1:
             raise ValueError(
                 f"label_coding: threshold tells one class from background, the list names {len(self.known)}."
@@ -73,28 +81,74 @@ class LoadCased(Transform):
     def __call__(self, data: Mapping[Hashable, Any]) -> Item:
         """Read the files of one item."""
         item = dict(data)
-        image = read_image(item["image"])
-        item |= {"image": torch.from_numpy(image), "source": str(item["image"])}
-        item["native_size"] = torch.tensor(image.shape[1:])
+        image = read_image(item["image"], series=item.get("series", self.series), allow=self.allow)
+        slice_axis = self.slice_axis or choose_slice_axis(image)
+        orientation, number = upright(image, slice_axis), item.get("slice")
+        stack = display_stack(image, orientation, self.window, neighbours=self.neighbours, number=number)
+        sizes = spacing(image.affine)
+        notes = image.notes
         if "label" in item:
-            item["label"] = self._read_tasks(item["label"], image.shape[1:])
-        return item
+            item["label"], more = self._read_tasks(item["label"], image, number, orientation.apply)
+            notes += more
+        for note in notes:
+            logger.warning("case %s: %s", content_sha256(item["image"])[:12], note)
+        return item | {
+            "image": torch.from_numpy(stack),
+            "source": str(item["image"]),
+            "spacing": torch.tensor([sizes[axis] for axis in orientation.order], dtype=torch.float64),
+            "unit": "pixel" if image.affine is None else "mm",
+            "slice_axis": slice_axis,
+            "orientation": orientation,
+            "grid": replace(image, values=np.broadcast_to(np.uint8(0), image.shape)),  # all but the voxels
+            "notes": notes,
+        }
 
-    def _read_tasks(self, path: PathLike, size: tuple[int, ...]) -> Tensor:
-        label = read_label(path, self.coding)
-        if label.shape != size:
-            raise ValueError(f"{path}: label has shape {label.shape}, its image {tuple(size)}; export the label again.")
+    def _read_tasks(self, path: Any, image: Image, number: int | None, turned: Any) -> tuple[Tensor, tuple[str, ...]]:
+        label = read_label(path, self.coding, image=image)
         if self.coding == "threshold":
-            label = label * next(iter(self.known))
-        foreign = sorted(set(np.unique(label).tolist()) - self.known - {0})
+            masks = [label.mask([1])]
+        else:
+            if self.coding in ("index", "colour"):
+                self._check_known(path, label.counts())
+            masks = [label.mask(values) for values in self.values.values()]
+        chosen = slice(None) if number is None else slice(number, number + 1)
+        stack = np.stack([turned(mask)[chosen] for mask in masks]).astype(np.uint8)
+        return torch.from_numpy(stack), label.notes
+
+    def _check_known(self, path: Any, counts: Mapping[Any, int]) -> None:
+        foreign = sorted(set(counts) - self.known)
         if foreign:
             raise ValueError(
-                f"{path}: label value {foreign[0]} is not in the data list's labels ({sorted(self.known)}); add it "
-                'there, or set "label_coding": "threshold" for masks of 0 and 255.'
+                f"{path}: label value {foreign[0]} is not in the data list's labels "
+                f"({', '.join(str(v) for v in sorted(self.known))}); add it there, or set "
+                '"label_coding": "threshold" for masks of 0 and 255.'
             )
-        return torch.from_numpy(
-            np.stack([np.isin(label, values) for values in self.values.values()]).astype(np.float32)
-        )
+
+
+class SliceToPictured(Transform):
+    """A case of one slice -> a picture to train on: ``image`` (3, H, W), ``label`` (T, H, W), as float32.
+
+    Raises:
+        ValueError: several slices.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Item:
+        """Turn one item."""
+        item = {key: value for key, value in data.items() if key not in ("grid", "orientation", "notes")}
+        depth = item["image"].shape[1]
+        if depth > 1:
+            raise ValueError(f'{item["source"]}: has {depth} slices; name one by "slice" in the data list.')
+        item["image"] = picture_of(item["image"][:, 0])
+        item["native_size"] = torch.tensor(item["image"].shape[1:])
+        item["spacing"] = item["spacing"][1:]
+        if "label" in item:
+            item["label"] = item["label"][:, 0].float()
+        return item
+
+
+def picture_of(channels: Tensor) -> Tensor:
+    """A slice of 1 or 3 channels (C, H, W) -> (3, H, W) float32."""
+    return channels.float().expand(3, -1, -1)
 
 
 class PreprocessImaged(MapTransform):
@@ -114,29 +168,40 @@ class PreprocessImaged(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> Item:
         """Preprocess the image of one item."""
         item = dict(data)
-        image, side = item[self.keys[0]], self.image_size
-        height, width = image.shape[1:]
-        if self.mode == "paper":
-            squashed = zoom(image.numpy() / 255, (1, side / height, side / width), order=3)
-            item[self.keys[0]] = torch.from_numpy(np.ascontiguousarray(squashed))
-            item["input_size"] = torch.tensor((side, side))
-            return item
-        height, width = input_size(height, width, side)
-        image = F.interpolate(image[None], (height, width), mode="bilinear", align_corners=False, antialias=True)[0]
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
-        item[self.keys[0]] = F.pad((image - mean) / std, (0, side - width, 0, side - height))
-        item["input_size"] = torch.tensor((height, width))
+        sizes = [float(v) for v in item.get("spacing", (1, 1))]
+        item[self.keys[0]], size = preprocess_picture(item[self.keys[0]], self.image_size, self.mode, spacing=sizes)
+        item["input_size"] = torch.tensor(size)
         return item
 
 
-def input_size(height: int, width: int, side: int) -> tuple[int, int]:
+def preprocess_picture(
+    image: Tensor, side: int, mode: str = "sam", *, spacing: Sequence[float] = (1, 1)
+) -> tuple[Tensor, tuple[int, int]]:
+    """A picture (3, H, W), 0 to 255 -> network input (3, S, S) and the (height, width) of it that hold the picture.
+
+    ``spacing`` is the size of a pixel: what is not square in the file is made square, as SAM knows it.
+    """
+    height, width = image.shape[1:]
+    if mode == "paper":
+        squashed = zoom(image.cpu().numpy() / 255, (1, side / height, side / width), order=3)
+        return torch.from_numpy(np.ascontiguousarray(squashed)).to(image.device), (side, side)
+    height, width = input_size(height, width, side, spacing)
+    image = F.interpolate(image[None], (height, width), mode="bilinear", align_corners=False, antialias=True)[0]
+    mean, std = (torch.tensor(v, device=image.device).view(3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
+    return F.pad((image - mean) / std, (0, side - width, 0, side - height)), (height, width)
+
+
+def input_size(height: int, width: int, side: int, spacing: Sequence[float] = (1, 1)) -> tuple[int, int]:
     """Size in pixels of a picture whose longer side is resized to ``side``, rounded as SAM does; at least 1.
 
     >>> input_size(310, 700, 256)
     (113, 256)
+    >>> input_size(20, 100, 256, spacing=(5, 1))  # 100 mm by 100 mm
+    (256, 256)
     """
-    scale = side / max(height, width)
-    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+    down, across = height * spacing[0], width * spacing[1]
+    scale = side / max(down, across)
+    return min(side, max(1, int(down * scale + 0.5))), min(side, max(1, int(across * scale + 0.5)))
 
 
 class LabelToGridd(MapTransform):
@@ -158,7 +223,7 @@ class LabelToGridd(MapTransform):
 
 
 class RestoreSized(MapTransform):
-    """Logits at input size (T, S, S) -> logits on the image's own grid (T, H, W): cropped, then bilinear, as in SAM."""
+    """Logits at input size (T, S, S) -> logits on the picture's own grid (T, H, W)."""
 
     def __init__(self, keys: KeysCollection = "pred") -> None:
         super().__init__(keys)
@@ -166,11 +231,16 @@ class RestoreSized(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> Item:
         """Restore the logits of one item."""
         item = dict(data)
-        height, width = (int(v) for v in item["input_size"])
-        native = [int(v) for v in item["native_size"]]
-        logits = item[self.keys[0]][None, :, :height, :width]
-        item[self.keys[0]] = F.interpolate(logits, native, mode="bilinear", align_corners=False)[0]
+        sizes = ([int(v) for v in item[key]] for key in ("input_size", "native_size"))
+        item[self.keys[0]] = restore_logits(item[self.keys[0]], *sizes)
         return item
+
+
+def restore_logits(logits: Tensor, input_size: Sequence[int], native_size: Sequence[int]) -> Tensor:
+    """Logits at input size (T, S, S) -> (T, H, W) of the picture: cropped, then bilinear, as in SAM."""
+    height, width = input_size
+    cropped = logits[None, :, :height, :width]
+    return F.interpolate(cropped, tuple(native_size), mode="bilinear", align_corners=False)[0]
 
 
 class BinariseTasksd(MapTransform):
@@ -183,7 +253,7 @@ class BinariseTasksd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> Item:
         """Binarise the logits of one item."""
         item = dict(data)
-        item[self.keys[0]] = (item[self.keys[0]].float().sigmoid() > self.threshold).float()
+        item[self.keys[0]] = binarise_tasks(item[self.keys[0]], self.threshold)
         return item
 
 
@@ -194,78 +264,111 @@ def check_threshold(threshold: float) -> float:
     return threshold
 
 
-def merge_tasks(probabilities: Tensor, values: Sequence[Sequence[int]], threshold: float = 0.5) -> Tensor:
-    """Probabilities of T tasks (T, H, W) -> one label map (H, W): where several tasks claim a pixel, the surest wins.
+def binarise_tasks(logits: Tensor, threshold: float = 0.5) -> Tensor:
+    """Logits of T tasks (T, ...) -> masks (T, ...) of 0 and 1, uint8; tasks may overlap."""
+    return (logits > _logit(threshold)).to(torch.uint8)
 
-    A pixel gets the (first) label value of the task of highest probability, if that is above the threshold; background,
-    0, otherwise. Of equal probabilities the earlier task wins.
 
-    >>> merge_tasks(torch.tensor([[[0.9, 0.6, 0.4]], [[0.7, 0.8, 0.5]]]), [[1], [3, 4]])
-    tensor([[1, 3, 0]])
+def merge_tasks(logits: Tensor, threshold: float = 0.5) -> Tensor:
+    """Logits of T tasks (T, ...) -> task numbers (...), 1 to T, uint8; where several claim a pixel, the surest wins.
+
+    A pixel gets the task of highest probability if that is above the threshold, else 0, background. Of equal ones the
+    earlier task wins.
+
+    >>> merge_tasks(torch.tensor([[[2.0, 0.5, -0.5]], [[1.0, 1.5, 0.0]]]))
+    tensor([[1, 2, 0]], dtype=torch.uint8)
     """
-    best, task = probabilities.max(dim=0)
-    table = torch.tensor([v[0] for v in values], device=task.device)
-    return torch.where(best > threshold, table[task], 0)
+    best, task = logits.max(dim=0)
+    return torch.where(best > _logit(threshold), task + 1, 0).to(torch.uint8)
 
 
-class SavePredictiond(MapTransform):
-    """Write an item's logits (T, H, W) as masks of the image's own size, named by the image file's stem.
+def decide_plane(logits: Tensor, merge: str = "separate", threshold: float = 0.5) -> Tensor:
+    """Logits of a slice (T, H, W) -> task numbers (H, W) for ``argmax``, masks (T, H, W) for ``separate``."""
+    return merge_tasks(logits, threshold) if merge == "argmax" else binarise_tasks(logits, threshold)
 
-    ``argmax``: one PNG with the list's label values, merged by ``merge_tasks``. ``separate``: one PNG a task,
-    ``<stem>_<task>.png``, 0 and 255, tasks may overlap. An existing file is replaced only if ``overwrite``.
+
+class DecideTasksd(MapTransform):
+    """Where a prediction is still logits (T, D, H, W): keep them as ``logits``, decide slice by slice.
 
     Args:
-        output_dir: folder of the masks; overlays go to its subfolder ``overlays``.
-        labels, tasks: as in ``LoadCased``.
-        merge: ``argmax`` or ``separate``.
-        threshold: probability above which a pixel is foreground.
-        overlays: also write the image with the masks tinted.
-        overwrite: replace existing files.
+        merge, threshold: see ``decide_plane``.
+    """
+
+    def __init__(self, merge: str = "separate", threshold: float = 0.5, keys: KeysCollection = "pred") -> None:
+        super().__init__(keys)
+        self.merge, self.threshold = merge, check_threshold(threshold)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Item:
+        """Decide one item; a decided one passes."""
+        item = dict(data)
+        pred = item[self.keys[0]]
+        if pred.is_floating_point():
+            item["logits"] = pred
+            planes = [decide_plane(plane.float(), self.merge, self.threshold) for plane in pred.unbind(1)]
+            item[self.keys[0]] = torch.stack(planes, dim=planes[0].ndim - 2)
+        return item
+
+
+def _logit(probability: float) -> float:
+    return math.log(probability / (1 - probability))
+
+
+class CleanTasksd(MapTransform):
+    """Fill the holes of some tasks, keep of some the largest connected component.
+
+    On masks (T, D, H, W) of 0 and 1 or on a merged map (D, H, W) of task numbers, uint8; there a filled hole takes
+    background only. Components hang together by faces; a hole is background that no path of faces leads out of.
+
+    Args:
+        tasks: names of the T tasks.
+        largest_component, fill_holes: names of the tasks this is done for; true for all, false for none.
     """
 
     def __init__(
         self,
-        output_dir: PathLike,
-        labels: Labels,
-        tasks: Sequence[str] | None = None,
-        *,
-        merge: str = "argmax",
-        threshold: float = 0.5,
-        overlays: bool = True,
-        overwrite: bool = False,
+        tasks: Sequence[str],
+        largest_component: bool | Sequence[str] = False,
+        fill_holes: bool | Sequence[str] = False,
         keys: KeysCollection = "pred",
     ) -> None:
         super().__init__(keys)
-        if merge not in MERGE_RULES:
-            raise ValueError(f"merge: {merge!r} is not one of {', '.join(MERGE_RULES)}.")
-        self.output_dir = Path(output_dir)
-        self.values = task_values(labels, tasks)
-        self.merge, self.threshold = merge, check_threshold(threshold)
-        self.overlays, self.overwrite = overlays, overwrite
+        self.steps = [
+            *((t, binary_fill_holes) for t in _chosen("fill_holes", fill_holes, tasks)),
+            *((t, _largest_component) for t in _chosen("largest_component", largest_component, tasks)),
+        ]
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Item:
-        """Write the masks of one item; the item passes unchanged."""
-        source = Path(data["source"])
-        probabilities = data[self.keys[0]].float().sigmoid().cpu()
-        masks = probabilities > self.threshold
-        if self.merge == "argmax":
-            merged = merge_tasks(probabilities, list(self.values.values()), self.threshold)
-            labels = {self.output_dir / f"{source.stem}.png": merged.numpy()}
-        else:
-            named = zip(self.values, masks, strict=True)
-            labels = {self.output_dir / f"{source.stem}_{_plain(name)}.png": 255 * mask.numpy() for name, mask in named}
-        for path in labels:
-            if path.resolve() == source.resolve():
-                raise ValueError(f"output_dir: {self.output_dir} is the folder of the images; choose another.")
-            if path.exists() and not self.overwrite:
-                raise FileExistsError(f"{path}: exists; choose another output_dir or add overwrite=true.")
-        for path, label in labels.items():
-            write_label(path, label)
-        if self.overlays:
-            write_overlay(self.output_dir / "overlays" / f"{source.stem}.png", read_image(source), masks.numpy())
+        """Clean the prediction of one item, in place."""
+        pred = data[self.keys[0]].numpy()
+        for t, change in self.steps:
+            number = 1 if pred.ndim == 4 else t + 1
+            whole = pred[t] if pred.ndim == 4 else pred
+            box = whole[_bounding_box(whole == number)]
+            before = box == number
+            after = change(before[0])[None] if len(before) == 1 else change(before)  # one slice has holes in its plane
+            box[before & ~after] = 0
+            box[after & (box == 0)] = number
         return dict(data)
 
 
-def _plain(name: str) -> str:
-    """A task's name as part of a file name on any system."""
-    return re.sub(r"[^\w\-. ]", "_", name)
+def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
+    """The box that holds a mask; empty for an empty one."""
+    extents = [np.flatnonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis))) for axis in range(3)]
+    return tuple(slice(int(e[0]), int(e[-1]) + 1) if e.size else slice(0, 0) for e in extents)
+
+
+def _chosen(key: str, wanted: bool | Sequence[str], tasks: Sequence[str]) -> list[int]:
+    """Numbers of the tasks that an option names."""
+    names = list(tasks) if wanted is True else [] if wanted is False else list(wanted)
+    unknown = [name for name in names if name not in tasks]
+    if unknown:
+        raise ValueError(f"{key}: {unknown[0]!r} is not one of the tasks {', '.join(tasks)}.")
+    return [list(tasks).index(name) for name in names]
+
+
+def _largest_component(mask: np.ndarray) -> np.ndarray:
+    """The largest component; of equal ones the first. SciPy, since MONAI's needs scikit-image."""
+    components, count = connected_components(mask)
+    if count < 2:
+        return mask
+    return components == 1 + np.argmax(np.bincount(components.ravel())[1:])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
 os.environ.pop("MLFLOW_TRACKING_URI", None)  # it would beat every store that a test names
+_CACHE = tempfile.TemporaryDirectory(prefix="blosam_cache_")  # the user's own is not a test's business
+os.environ["BLOSAM_CACHE"] = _CACHE.name
 torch.set_num_threads(1)
 
 REAL_DATA = Path(os.environ.get("BLOSAM_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from blosam_monai.__main__ import main
-from blosam_monai.data.readers import list_images, read_label
+from blosam_monai.data.readers import list_cases, read_label
 
 FAST = ["--image_size", "64", "--max_epochs", "1"]
 
@@ -46,7 +46,7 @@ def model(phantoms, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def refused(capsys):
-    """Runs a command that must fail; returns the one line that it says."""
+    """Runs a command that must fail; returns the one line that it says, or one for each bad case before the last."""
 
     def run(*arguments: object) -> str:
         capsys.readouterr()
@@ -58,9 +58,10 @@ def refused(capsys):
         assert status not in (0, None)
         assert "Traceback" not in error
         said = [line for line in error.splitlines() if line.startswith("blosam:")]  # the others are progress bars
-        assert len(said) == 1
-        assert said[0] == error.splitlines()[-1]
-        return said[0]
+        assert said[-1] == error.splitlines()[-1]
+        counted = re.search(r"(\d+) of \d+ cases failed", said[-1])
+        assert len(said) == 1 + (int(counted[1]) if counted else 0)
+        return "\n".join(said)
 
     return run
 
@@ -270,7 +271,7 @@ def films(phantoms, tmp_path) -> Path:
     """A folder of three films, sorted a, b, c."""
     folder = tmp_path / "films"
     folder.mkdir()
-    for name, path in zip("abc", list_images(phantoms / "images"), strict=False):
+    for name, path in zip("abc", list_cases(phantoms / "images"), strict=False):
         shutil.copy(path, folder / f"{name}.png")
     return folder
 
@@ -289,24 +290,23 @@ def test_a_damaged_model_is_named(model, films, tmp_path, refused):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_truncated_picture_is_named_and_the_masks_before_it_are_whole(model, films, tmp_path, refused):
+def test_a_truncated_picture_is_named_and_the_other_masks_are_written(model, films, tmp_path, refused):
     cut_off(films / "b.png")
     said = refused("predict", "--model", model, "--input", films, "--output_dir", tmp_path / "out")
     assert re.search(r"films/b\.png: cannot be read as a picture .*; export it again", said)
     assert sorted(str(p.relative_to(tmp_path / "out")) for p in files_below(tmp_path / "out")) == [
-        "a.png",
-        "overlays/a.png",
+        *("a.png", "c.png", "manifest.jsonl", "overlays/a.png", "overlays/c.png")
     ]
-    assert read_label(tmp_path / "out" / "a.png").shape == (224, 288)
+    assert read_label(tmp_path / "out" / "c.png").shape == (1, 224, 288)
 
 
-def test_existing_masks_are_not_replaced(model, films, tmp_path, refused):
+def test_existing_masks_are_kept_and_that_is_no_failure(model, films, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a.png").write_bytes(b"someone's work")
-    arguments = ["--model", model, "--input", films, "--output_dir", tmp_path / "out"]
-    said = refused("predict", *arguments)
-    assert re.search(r"out/a\.png: exists; choose another output_dir or add overwrite=true", said)
-    assert [path.read_bytes() for path in files_below(tmp_path / "out")] == [b"someone's work"]
+    arguments = ["--model", str(model), "--input", str(films), "--output_dir", str(tmp_path / "out")]
+    assert main(["predict", *arguments]) == 0
+    assert (tmp_path / "out" / "a.png").read_bytes() == b"someone's work"
+    assert read_label(tmp_path / "out" / "b.png").shape == (1, 224, 288)
 
 
 def test_two_pictures_of_one_stem_are_named_before_either_is_predicted(model, films, tmp_path, refused):
@@ -353,12 +353,13 @@ def test_an_unknown_section_is_refused(model, data, tmp_path, refused):
     assert re.search("tests is empty; choose one of lower, upper, validation, testing", said)
 
 
-def test_a_truncated_test_image_leaves_no_table(model, data, tmp_path, refused):
+def test_a_truncated_test_image_is_named_and_the_others_are_scored(model, data, tmp_path, refused):
     name = cut_off(support(data, "image", "testing")).name
     said = refused(*evaluate(model, data, tmp_path / "out"), "--use_mlflow", "false")
     assert re.search(rf"{name}: cannot be read as a picture", said)
-    assert not (tmp_path / "out" / "cases.csv").exists()
-    assert not (tmp_path / "out" / "summary.json").exists()
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["scores"]["testing"]["lung"]["cases"] == 3
+    assert summary["settings"]["failed_cases"] == 1
 
 
 # Making a list

@@ -1,10 +1,11 @@
 """Atomic writing and hashes."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
 
-from blosam_monai.files import atomic, file_sha256
+from blosam_monai.files import atomic, content_sha256, file_sha256
 
 
 def write_half(path: Path) -> None:
@@ -42,3 +43,42 @@ def test_the_hash_of_abc_is_the_one_of_the_standard(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert file_sha256(tmp_path / "abc") == expected
+
+
+@pytest.fixture
+def series(tmp_path):
+    """A folder of two files, "abc" and the empty one."""
+    folder = tmp_path / "series"
+    folder.mkdir()
+    (folder / "1.dcm").write_bytes(b"abc")
+    (folder / "2.dcm").write_bytes(b"")
+    return folder
+
+
+def test_the_hash_of_a_folder_is_that_of_the_sorted_hashes_of_its_files(series):
+    """The two hashes are those of FIPS 180-2 for "abc" and of the empty message."""
+    abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    assert content_sha256(series) == hashlib.sha256(f"{abc}\n{empty}".encode()).hexdigest()
+
+
+def test_the_hash_of_a_folder_does_not_depend_on_names_or_hidden_files(series):
+    before = content_sha256(series)
+    (series / "1.dcm").rename(series / "9.dcm")
+    (series / ".DS_Store").write_bytes(b"hidden")
+    assert content_sha256(series) == before
+
+
+def test_the_hash_of_a_folder_changes_with_any_of_its_files(series):
+    before = content_sha256(series)
+    (series / "2.dcm").write_bytes(b"x")
+    assert content_sha256(series) != before
+
+
+def test_the_content_of_a_file_is_the_file(series):
+    assert content_sha256(series / "1.dcm") == file_sha256(series / "1.dcm")
+
+
+def test_a_path_with_nothing_there_has_no_hash(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone"):
+        content_sha256(tmp_path / "gone")

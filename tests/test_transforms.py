@@ -1,48 +1,31 @@
 """From files to the network and back to the picture's own grid."""
 
-from pathlib import Path
+import math
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from monai.metrics import compute_dice
 from PIL import Image
 from scipy.ndimage import map_coordinates
 from torch.nn import functional as F
 
-from blosam_monai.data.readers import read_label
 from blosam_monai.networks.sam import PIXEL_STD, import_segment_anything
 from blosam_monai.transforms import (
+    CleanTasksd,
+    DecideTasksd,
     LabelToGridd,
     LoadCased,
     PreprocessImaged,
     RestoreSized,
-    SavePredictiond,
+    SliceToPictured,
+    binarise_tasks,
     input_size,
     merge_tasks,
-    task_values,
 )
 
 LABELS = {"background": 0, "body": 1, "wheel": 2, "glass": [3, 4]}
-
-
-# Tasks
-
-
-def test_every_label_but_background_is_a_task():
-    assert task_values(LABELS) == {"body": [1], "wheel": [2], "glass": [3, 4]}
-
-
-def test_tasks_keep_the_order_asked_for_and_one_name_is_one_task():
-    assert task_values(LABELS, ["glass", "body"]) == {"glass": [3, 4], "body": [1]}
-    assert list(task_values(LABELS, ["glass", "body"])) == ["glass", "body"]
-    assert task_values(LABELS, "wheel") == {"wheel": [2]}
-
-
-@pytest.mark.parametrize("tasks", [["liver"], "liver", [], ["body", "body"], ["background"]])
-def test_tasks_that_are_not_labels_are_refused_naming_the_labels(tasks):
-    with pytest.raises(ValueError, match="must be some of the labels body, wheel, glass, each once"):
-        task_values(LABELS, tasks)
 
 
 # Reading a case
@@ -59,8 +42,12 @@ def case(tmp_path):
     return {"image": str(tmp_path / "image.png"), "label": str(tmp_path / "label.png")}
 
 
+def load(case: dict, *args, **options) -> dict:
+    return SliceToPictured()(LoadCased(*args, **options)(case))
+
+
 def test_a_label_map_becomes_one_channel_a_task_and_a_union_is_one_task(case):
-    item = LoadCased(LABELS, ["glass", "wheel"])(case)
+    item = load(case, LABELS, ["glass", "wheel"])
     assert item["label"].shape == (2, 10, 16)
     assert item["label"].dtype == torch.float32
     expected = torch.zeros(2, 10, 16)
@@ -70,7 +57,7 @@ def test_a_label_map_becomes_one_channel_a_task_and_a_union_is_one_task(case):
 
 
 def test_a_case_keeps_its_file_its_size_and_its_other_keys(case):
-    item = LoadCased(LABELS)({**case, "subject": "s1"})
+    item = load({**case, "subject": "s1"}, LABELS)
     assert item["image"].shape == (3, 10, 16)
     assert item["native_size"].tolist() == [10, 16]
     assert (item["source"], item["subject"]) == (case["image"], "s1")
@@ -87,7 +74,7 @@ def test_a_label_of_another_size_is_refused_with_both_sizes(case):
 
 
 def test_a_value_that_is_not_in_the_list_is_refused_also_if_its_task_is_not_asked_for(case):
-    with pytest.raises(ValueError, match=r"label\.png: label value 4 is not in the data list's labels \(\[1, 2, 3\]\)"):
+    with pytest.raises(ValueError, match=r"label\.png: label value 4 is not in the data list's labels \(1, 2, 3\)"):
         LoadCased({"body": 1, "wheel": 2, "glass": 3}, ["body"])(case)
 
 
@@ -96,7 +83,7 @@ def test_a_mask_of_0_and_255_is_the_one_class_of_the_list(case):
     mask[3:6, 2:9] = 255
     Image.fromarray(mask).save(case["label"])
     for labels in ({"lung": 255}, {"background": 0, "lung": 1}, {"lung": 7}):
-        assert np.array_equal(LoadCased(labels, label_coding="threshold")(case)["label"][0], mask == 255)
+        assert np.array_equal(load(case, labels, label_coding="threshold")["label"][0], mask == 255)
 
 
 def test_threshold_coding_of_two_classes_is_refused():
@@ -156,7 +143,7 @@ def test_the_bright_corner_of_a_picture_is_the_bright_corner_of_the_input(tmp_pa
     gray = np.full((24, 48), 20, dtype=np.uint8)
     gray[:8, 40:] = 250  # top right
     Image.fromarray(gray).save(tmp_path / "x.png")
-    item = PreprocessImaged(64)(LoadCased({"lung": 1})({"image": tmp_path / "x.png"}))
+    item = PreprocessImaged(64)(load({"image": tmp_path / "x.png"}, {"lung": 1}))
     bright = item["image"][0] > 0
     assert bright[2:8, 56:].all()  # of 32 x 64 pixels the picture fills, the upper right tenth
     assert not bright[14:].any()
@@ -214,8 +201,13 @@ def test_a_label_that_goes_to_the_grid_and_back_is_the_same_disc(mode, height, w
 # Merging
 
 
+def logits_of(probabilities) -> torch.Tensor:
+    probabilities = torch.as_tensor(probabilities, dtype=torch.float64)
+    return (probabilities / (1 - probabilities)).log()
+
+
 def test_the_surest_task_above_the_threshold_gives_the_label():
-    """One pixel a column: by hand for the values 1, 2 and the union 3, 4, written as 3."""
+    """One pixel a column, by hand."""
     probabilities = torch.tensor(
         [
             [0.9, 0.2, 0.2, 0.6, 0.5, 0.51, 0.1],
@@ -223,106 +215,92 @@ def test_the_surest_task_above_the_threshold_gives_the_label():
             [0.2, 0.7, 0.9, 0.8, 0.5, 0.30, 0.2],
         ]
     )[:, None]
-    assert merge_tasks(probabilities, [[1], [2], [3, 4]]).tolist() == [[1, 2, 3, 3, 0, 1, 0]]
+    assert merge_tasks(logits_of(probabilities)).tolist() == [[1, 2, 3, 3, 0, 1, 0]]
 
 
 def test_of_equal_probabilities_the_earlier_task_wins():
-    assert merge_tasks(torch.full((3, 4, 5), 0.75), [[7], [2], [1]]).unique().tolist() == [7]
+    assert merge_tasks(torch.full((3, 4, 5), 0.75)).unique().tolist() == [1]
 
 
 def test_the_threshold_itself_is_background():
-    assert merge_tasks(torch.tensor([[[0.75, 0.7500001]]]), [[1]], threshold=0.75).tolist() == [[0, 1]]
+    """The logit of 0.75 is ln 3."""
+    logits = torch.tensor([[[math.log(3) - 1e-6, math.log(3) + 1e-6]]], dtype=torch.float64)
+    assert merge_tasks(logits, threshold=0.75).tolist() == [[0, 1]]
+    assert merge_tasks(torch.zeros(1, 1, 1)).item() == 0
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_merging_equals_a_loop_over_pixels(seed):
     rng = np.random.default_rng(seed)
-    probabilities, values = rng.integers(0, 6, (4, 6, 7)) / 5, [[5], [9, 1], [2], [300]]
+    probabilities = rng.integers(1, 6, (4, 6, 7)) / 6
     expected = np.zeros((6, 7), dtype=int)
     for y, x in np.ndindex(6, 7):
         for t in reversed(range(4)):
             if probabilities[t, y, x] > 0.4 and probabilities[t, y, x] == probabilities[:, y, x].max():
-                expected[y, x] = values[t][0]
-    assert np.array_equal(merge_tasks(torch.from_numpy(probabilities), values, 0.4), expected)
+                expected[y, x] = t + 1
+    assert np.array_equal(merge_tasks(logits_of(probabilities), 0.4), expected)
 
 
-# Saving
+def test_slices_decided_one_by_one_equal_the_volume_decided_at_once():
+    logits = torch.randn(3, 5, 6, 7, generator=torch.Generator().manual_seed(0)).half()
+    for merge, expected in (("argmax", merge_tasks(logits.float(), 0.3)), ("separate", binarise_tasks(logits, 0.3))):
+        item = DecideTasksd(merge, 0.3)({"pred": logits})
+        assert torch.equal(item["pred"], expected)
+        assert item["logits"] is logits
+        assert torch.equal(DecideTasksd(merge)({"pred": expected})["pred"], expected)  # decided already
 
 
-def prediction(folder: Path, name: str = "film_07.jpg") -> dict:
-    """Logits (3, 6, 10) of tasks in columns 0 to 2, 2 to 5 and 7 to 8; the second is the surest where two meet."""
-    image = np.zeros((6, 10), dtype=np.uint8)
-    image[0] = 255
-    Image.fromarray(image).save(folder / name)
-    logits = torch.full((3, 6, 10), -4.0)
-    logits[0, :, :3] = 1
-    logits[1, :, 2:6] = 2
-    logits[2, :, 7:9] = 3
-    return {"pred": logits, "source": str(folder / name)}
+# Cleaning
 
 
-def test_argmax_writes_one_map_of_the_lists_values_named_by_the_stem(tmp_path):
-    SavePredictiond(tmp_path / "out", LABELS, overlays=False)(prediction(tmp_path))
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["film_07.png"]
-    assert read_label(tmp_path / "out" / "film_07.png").tolist() == [[1, 1, 2, 2, 2, 2, 0, 3, 3, 0]] * 6
+def two_blobs() -> np.ndarray:
+    """A shell of 5 x 5 x 5 around a hole of one voxel, and apart from it a single voxel; (7, 8, 12)."""
+    mask = np.zeros((7, 8, 12), np.uint8)
+    mask[1:6, 1:6, 1:6] = 1
+    mask[3, 3, 3] = 0
+    mask[3, 3, 9] = 1
+    return mask
 
 
-def test_separate_writes_one_mask_a_task_that_may_overlap(tmp_path):
-    SavePredictiond(tmp_path / "out", LABELS, merge="separate", overlays=False)(prediction(tmp_path))
-    written = {p.name: read_label(p)[0].tolist() for p in (tmp_path / "out").iterdir()}
-    assert written == {
-        "film_07_body.png": [255] * 3 + [0] * 7,
-        "film_07_wheel.png": [0] * 2 + [255] * 4 + [0] * 4,
-        "film_07_glass.png": [0] * 7 + [255] * 2 + [0],
-    }
+def test_the_hole_is_filled_and_the_smaller_component_goes():
+    """By hand: 124 + 1 voxels; filled 125 + 1; the largest component alone 125."""
+    masks = torch.from_numpy(np.stack([two_blobs()] * 3))
+    CleanTasksd(["a", "b", "c"], largest_component=["a", "b"], fill_holes=["a", "c"])({"pred": masks})
+    assert masks.sum(dim=(1, 2, 3)).tolist() == [125, 124, 126]
 
 
-def test_the_threshold_is_a_probability(tmp_path):
-    """The logits 1, 2, 3 are probabilities of 0.73, 0.88, 0.95."""
-    SavePredictiond(tmp_path / "out", LABELS, threshold=0.9, overlays=False)(prediction(tmp_path))
-    assert read_label(tmp_path / "out" / "film_07.png").tolist() == [[0, 0, 0, 0, 0, 0, 0, 3, 3, 0]] * 6
+def test_a_slice_alone_has_holes_in_its_plane():
+    mask = torch.from_numpy(two_blobs())[3][None, None].clone()  # (1, 1, 8, 12): a ring of 24 and a pixel
+    CleanTasksd(["a"], fill_holes=True)({"pred": mask})
+    assert mask.sum() == 26
 
 
-def test_only_the_tasks_trained_are_written_with_their_values(tmp_path):
-    item = prediction(tmp_path)
-    item["pred"] = item["pred"][1:]
-    SavePredictiond(tmp_path / "out", LABELS, ["glass", "wheel"], overlays=False)(item)
-    assert set(np.unique(read_label(tmp_path / "out" / "film_07.png"))) == {0, 2, 3}
+def test_in_a_merged_map_a_filled_hole_takes_no_other_task():
+    label = two_blobs()
+    label[3, 3, 3] = 2
+    label[2, 3, 3] = 0
+    pred = torch.from_numpy(label)
+    CleanTasksd(["a", "b"], largest_component=True, fill_holes=True)({"pred": pred})
+    assert label[3, 3, 3] == 2
+    assert (label == 1).sum() == 124  # the hole at (2, 3, 3) is filled, the single voxel gone
 
 
-def test_an_overlay_of_the_pictures_own_size_is_written(tmp_path):
-    SavePredictiond(tmp_path / "out", LABELS)(prediction(tmp_path))
-    with Image.open(tmp_path / "out" / "overlays" / "film_07.png") as picture:
-        assert picture.size == (10, 6)
+def test_components_agree_with_simpleitk():
+    rng = np.random.default_rng(0)
+    mask = (rng.random((9, 10, 11)) < 0.35).astype(np.uint8)
+    components = sitk.RelabelComponent(sitk.ConnectedComponent(sitk.GetImageFromArray(mask)))
+    expected = sitk.GetArrayFromImage(components) == 1
+    masks = torch.from_numpy(mask[None].copy())
+    CleanTasksd(["a"], largest_component=True)({"pred": masks})
+    assert np.array_equal(masks[0].numpy() > 0, expected)
 
 
-def test_an_existing_mask_is_replaced_only_if_asked(tmp_path):
-    item = prediction(tmp_path)
-    (tmp_path / "film_07.png").write_bytes(b"someone's work")
-    with pytest.raises(FileExistsError, match=r"film_07\.png: exists; choose another output_dir or add overwrite=true"):
-        SavePredictiond(tmp_path, LABELS)(item)
-    assert (tmp_path / "film_07.png").read_bytes() == b"someone's work"
-    SavePredictiond(tmp_path, LABELS, overwrite=True)(item)
-    assert read_label(tmp_path / "film_07.png").max() == 3
+def test_an_empty_mask_stays_empty():
+    masks = torch.zeros(1, 2, 3, 4, dtype=torch.uint8)
+    CleanTasksd(["a"], largest_component=True, fill_holes=True)({"pred": masks})
+    assert not masks.any()
 
 
-def test_an_existing_mask_of_a_later_task_stops_before_the_first_is_written(tmp_path):
-    item = prediction(tmp_path)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "film_07_glass.png").write_bytes(b"someone's work")
-    with pytest.raises(FileExistsError, match="film_07_glass"):
-        SavePredictiond(tmp_path / "out", LABELS, merge="separate")(item)
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["film_07_glass.png"]
-
-
-@pytest.mark.parametrize(
-    ("options", "finding"),
-    [
-        ({"merge": "vote"}, "merge: 'vote' is not one of argmax, separate"),
-        ({"threshold": 0}, "threshold: 0 is not a probability between 0 and 1"),
-        ({"threshold": 1.5}, "threshold: 1.5 is not a probability between 0 and 1"),
-    ],
-)
-def test_options_of_saving_are_checked(tmp_path, options, finding):
-    with pytest.raises(ValueError, match=finding):
-        SavePredictiond(tmp_path, LABELS, **options)
+def test_cleaning_a_task_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="fill_holes: 'lungs' is not one of the tasks lung, heart"):
+        CleanTasksd(["lung", "heart"], fill_holes=["lungs"])

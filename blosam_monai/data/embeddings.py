@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,35 +20,62 @@ from monai.transforms import (
 )
 from torch.utils.data import Dataset
 
+from blosam_monai.data.embedding_cache import EmbeddingCache
+from blosam_monai.files import PathLike
 from blosam_monai.networks.prompt_sam import PromptSam
+from blosam_monai.networks.sam import cache_dir as sam_cache_dir
+
+NO_CACHE = "none"
 
 
 class EncodeImaged(MapTransform):
     """Replace an image (3, S, S) by its ``embedding`` (C, h, w), float32 on the CPU.
 
-    Used as the last deterministic transform. It remembers what it has encoded, by ``source`` and ``view``: however many
-    data sets of a run share an image, the encoder sees each image and view once. The image is dropped.
+    Used as the last deterministic transform. What the network would see, to the bit, is the address of its embedding:
+    however many data sets of a run share an image, the encoder sees it once, and with a cache on disk once for all runs
+    and methods. The image is dropped.
 
     Args:
         network: whose frozen encoder is used, on its device.
+        cache_dir: folder of the cache on disk; None: ``embeddings`` in the cache of the package; ``none``: no cache.
         keys: the image.
     """
 
-    def __init__(self, network: PromptSam, keys: KeysCollection = "image") -> None:
+    def __init__(self, network: PromptSam, cache_dir: PathLike | None = None, keys: KeysCollection = "image") -> None:
         super().__init__(keys)
         self.network = network
-        self.embeddings: dict[tuple[str, int | None], torch.Tensor] = {}
+        self.cache = None if cache_dir == NO_CACHE else EmbeddingCache(cache_dir or embeddings_dir())
+        self.embeddings: dict[str, torch.Tensor] = {}
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Encode the image of one item."""
         item = dict(data)
         image = item.pop(self.keys[0])
-        name = item["source"], item.get("view")
-        if name not in self.embeddings:
-            device = next(self.network.parameters()).device
-            self.embeddings[name] = self.network.encode(image[None].to(device))[0].float().cpu()
-        item["embedding"] = self.embeddings[name]
+        key = self._key(image)
+        if key not in self.embeddings:
+            self.embeddings[key] = self._find(key, image)
+        item["embedding"] = self.embeddings[key]
         return item
+
+    def _find(self, key: str, image: torch.Tensor) -> torch.Tensor:
+        embedding = self.cache.get(key) if self.cache else None
+        if embedding is None:
+            device = next(self.network.parameters()).device
+            embedding = self.network.encode(image[None].to(device))[0].float().cpu()
+            if self.cache:
+                self.cache.put(key, embedding)
+        return embedding
+
+    def _key(self, image: torch.Tensor) -> str:
+        """Hash of input and encoder: file, slice, window, view, preprocessing and size are all in the input."""
+        pixels = hashlib.sha256(image.contiguous().numpy().data).hexdigest()
+        parts = {"input": pixels, "shape": str(tuple(image.shape)), "dtype": str(image.dtype)}
+        return EmbeddingCache.key({**parts, "encoder": self.network.encoder_id})
+
+
+def embeddings_dir() -> Path:
+    """Folder of the embedding cache unless another is asked for."""
+    return sam_cache_dir() / "embeddings"
 
 
 def with_views(items: Sequence[dict[str, Any]], augment_views: int, *, seed: int) -> list[dict[str, Any]]:

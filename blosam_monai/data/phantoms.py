@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from blosam_monai.data.writers import write_label
+from blosam_monai.data.writers.pictures import write_label
 from blosam_monai.files import PathLike, atomic
 
 PHANTOM_LABELS = {"background": 0, "lung": 1, "heart": 2}

@@ -32,6 +32,10 @@ UNTRAINED = {
     "preprocess": "sam",
     "labels": {"background": 0, "foreground": 1},
     "label_coding": "index",
+    "slice_axis": None,
+    "window": None,
+    "neighbours": 0,
+    "snomed": {},
 }
 
 

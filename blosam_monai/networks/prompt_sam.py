@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +52,15 @@ class PromptSam(nn.Module):
     def sam_weights(self) -> str:
         """``random`` or the SHA-256 of the checkpoint file."""
         return self.sam.weights
+
+    @cached_property
+    def encoder_id(self) -> str:
+        """SHA-256 of the encoder's weights: with the image, all that decides an embedding."""
+        digest = hashlib.sha256()
+        for name, value in self.sam.image_encoder.state_dict().items():
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:

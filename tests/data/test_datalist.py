@@ -4,22 +4,22 @@ import hashlib
 import itertools
 import json
 import logging
+import shutil
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 from PIL import Image
 
 from blosam_monai.data.datalist import (
     SECTIONS,
-    find_coding,
-    items_of_list,
     load_datalist,
     make_datalist,
-    pair_folders,
-    split_halves,
     write_datalist,
 )
+from blosam_monai.data.pairing import items_of_list, pair_folders
+from blosam_monai.data.supports import Case
 
 LABELS = {"background": 0, "lung": 1, "heart": 2}
 
@@ -140,10 +140,10 @@ def test_a_class_of_two_in_three_hundred_images_is_in_both_halves(monkeypatch):
     """Chance alone finds such a draw once in 11 000. No file is read: 300 labels are stood in for."""
     items = [{"image": f"{i}.png", "label": f"{i}.png", "subject": str(i)} for i in range(300)]
     monkeypatch.setattr(
-        "blosam_monai.data.datalist._classes",
-        lambda path, values, coding: {"lung", "heart"} if path.stem in ("120", "250") else {"lung"},
+        "blosam_monai.data.datalist.survey",
+        lambda item, *_, **__: Case(np.array([[1, int(item["subject"] in ("120", "250"))]])),
     )
-    monkeypatch.setattr("blosam_monai.data.datalist.file_sha256", lambda path: "")
+    monkeypatch.setattr("blosam_monai.data.datalist.content_sha256", lambda path: "")
     for seed in range(4):
         content = make_datalist(items, LABELS, dataset_dir=".", n_shot=4, seed=seed)
         for half in ("lower", "upper"):
@@ -192,36 +192,6 @@ def test_a_draw_that_cannot_be_made_is_refused(folder, classes, options, finding
 def test_supports_of_one_subject_are_refused(folder):
     with pytest.raises(ValueError, match="all supports are of one subject; two are needed"):
         draw(folder(["12"] * 4, subjects=["a"] * 4))
-
-
-# Halves
-
-
-@pytest.mark.parametrize("count", range(2, 10))
-def test_halves_are_equal_and_of_an_odd_number_d2_has_one_more(count):
-    items = [{"image": str(i), "label": str(i), "subject": str(i)} for i in range(count)]
-    for seed in range(20):
-        lower, upper = split_halves(items, seed=seed)
-        assert (len(lower), len(upper)) == (count // 2, count - count // 2)
-
-
-def test_halves_are_disjoint_by_subject_and_lose_nothing():
-    rng = np.random.default_rng(0)
-    for seed in range(200):
-        count = int(rng.integers(2, 9))
-        subjects = ["first", "second", *rng.integers(0, 4, count).astype(str)]
-        items = [{"image": str(i), "label": str(i), "subject": s} for i, s in enumerate(subjects)]
-        lower, upper = split_halves(items, seed=seed)
-        assert lower
-        assert upper
-        assert not {item["subject"] for item in lower} & {item["subject"] for item in upper}
-        assert sorted(int(item["image"]) for item in lower + upper) == list(range(len(items)))
-
-
-def test_halves_do_not_depend_on_the_order_of_the_items():
-    items = [{"image": str(i), "label": str(i), "subject": str(i)} for i in range(6)]
-    names = [{item["image"] for item in split_halves(order, seed=3)[0]} for order in (items, items[::-1])]
-    assert names[0] == names[1]
 
 
 # Reading
@@ -376,124 +346,6 @@ def test_a_list_that_does_not_exist_is_named(tmp_path):
         load_datalist(tmp_path / "x.json", tmp_path)
 
 
-# Folders
-
-
-@pytest.fixture
-def folders(tmp_path):
-    """Makes the folders ``images`` and ``labels`` with pictures of these names."""
-
-    def make(images: list[str], labels: list[str]) -> Path:
-        for name, files in (("images", images), ("labels", labels)):
-            (tmp_path / name).mkdir()
-            for file in files:
-                Image.fromarray(np.eye(4, dtype=np.uint8)).save(tmp_path / name / file)
-        return tmp_path
-
-    return make
-
-
-def test_folders_are_paired_by_stem_whatever_the_suffix(folders):
-    root = folders(["b.jpg", "a.png"], ["a.gif", "b.png"])
-    assert pair_folders(root / "images", root / "labels", root) == [
-        {"image": "images/a.png", "label": "labels/a.gif", "subject": "a"},
-        {"image": "images/b.jpg", "label": "labels/b.png", "subject": "b"},
-    ]
-
-
-def test_suffixes_are_cut_off_and_subjects_found(folders):
-    root = folders(["21_1_training.tif", "21_2_training.tif"], ["21_1_manual1.gif", "21_2_manual1.gif"])
-    items = pair_folders(
-        root / "images", root / "labels", root, image_suffix="_training", label_suffix="_manual1", subject="^([0-9]+)_"
-    )
-    assert [(item["image"], item["label"], item["subject"]) for item in items] == [
-        ("images/21_1_training.tif", "labels/21_1_manual1.gif", "21"),
-        ("images/21_2_training.tif", "labels/21_2_manual1.gif", "21"),
-    ]
-
-
-def test_the_folders_of_nnunet_are_paired(folders):
-    root = folders(["lung_001_0000.png"], ["lung_001.png"])
-    (item,) = pair_folders(root / "images", root / "labels", root, image_suffix="_0000")
-    assert item == {"image": "images/lung_001_0000.png", "label": "labels/lung_001.png", "subject": "lung_001"}
-
-
-@pytest.mark.parametrize(
-    ("images", "labels", "alone"),
-    [(["a.png", "b.png"], ["a.png"], "images/b"), (["a.png"], ["a.png", "c.png"], "labels/c")],
-)
-def test_a_file_without_partner_is_named(folders, images, labels, alone):
-    root = folders(images, labels)
-    with pytest.raises(ValueError, match=rf"{alone}\.png: has no partner of stem"):
-        pair_folders(root / "images", root / "labels", root)
-
-
-def test_two_files_of_one_stem_are_named(folders):
-    root = folders(["a.png", "a.jpg"], ["a.png"])
-    with pytest.raises(ValueError, match=r"a\.png: has the same stem as a\.jpg"):
-        pair_folders(root / "images", root / "labels", root)
-
-
-def test_two_files_that_a_suffix_makes_equal_are_named(folders):
-    root = folders(["a.png", "a_0000.png"], ["a.png"])
-    with pytest.raises(ValueError, match=r"a_0000\.png: has the same stem as a\.png"):
-        pair_folders(root / "images", root / "labels", root, image_suffix="_0000")
-
-
-def test_a_subject_expression_that_matches_nothing_is_refused(folders):
-    root = folders(["a.png"], ["a.png"])
-    with pytest.raises(ValueError, match=r"subject: '\[0-9\]\+' matches nothing in 'a'"):
-        pair_folders(root / "images", root / "labels", root, subject="[0-9]+")
-
-
-# Coding
-
-
-def disc_edge() -> np.ndarray:
-    """Distance from the edge of a disc of radius 20 in (64, 64), pixels: positive inside."""
-    y, x = np.mgrid[:64, :64]
-    return 20 - np.hypot(y - 32, x - 32)
-
-
-@pytest.mark.parametrize(
-    ("name", "pixels", "coding", "labels"),
-    [
-        ("x.png", lambda d: (d > 0) * 1, "index", {"background": 0, "foreground": 1}),
-        ("x.png", lambda d: (d > 0) * 1 + (d > 9) * 2, "index", {"background": 0, "class_1": 1, "class_3": 3}),
-        ("x.png", lambda d: (d > 0) * 255, "threshold", {"background": 0, "foreground": 255}),
-        ("x.png", lambda d: (d * 20 + 127).clip(0, 255), "threshold", {"background": 0, "foreground": 255}),
-        ("x.jpg", lambda d: (d > 0) * 255, "threshold", {"background": 0, "foreground": 255}),
-    ],
-    ids=["one class", "two classes", "0 and 255", "soft edge", "jpeg"],
-)
-def test_the_coding_of_labels_is_found(tmp_path, name, pixels, coding, labels):
-    Image.fromarray(pixels(disc_edge()).astype(np.uint8)).save(tmp_path / name)
-    assert find_coding([tmp_path / name]) == (coding, labels)
-
-
-def test_the_coding_is_found_from_all_labels_and_not_from_the_first(tmp_path):
-    for value in (0, 1, 4):
-        Image.fromarray(np.full((8, 8), value, dtype=np.uint8)).save(tmp_path / f"{value}.png")
-    files = sorted(tmp_path.iterdir())
-    assert find_coding(files) == ("index", {"background": 0, "class_1": 1, "class_4": 4})
-    with pytest.raises(ValueError, match="every label file is empty"):
-        find_coding(files[:1])
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("lung_cxr", ("threshold", {"background": 0, "foreground": 255})),
-        ("kvasir_seg_256", ("threshold", {"background": 0, "foreground": 255})),
-        ("dental_panoramic", ("threshold", {"background": 0, "foreground": 255})),
-        ("drive_vessels", ("threshold", {"background": 0, "foreground": 255})),
-        ("car_parts", ("index", {"background": 0, "class_1": 1, "class_2": 2, "class_3": 3, "class_4": 4})),
-    ],
-)
-def test_the_coding_of_real_labels_is_found(real_data, name, expected):
-    assert find_coding(sorted((real_data / name / "labels").iterdir())) == expected
-
-
 def test_supports_of_one_site_are_tested_on_the_other(tmp_path):
     items = []
     for site, number in itertools.product("ab", range(5)):
@@ -510,3 +362,228 @@ def test_supports_of_one_site_are_tested_on_the_other(tmp_path):
     sites = {s: {item["subject"][0] for item in datalist[s]} for s in ("lower", "upper", "validation", "testing")}
     assert sites == {"lower": {"a"}, "upper": {"a"}, "validation": {"a"}, "testing": {"b"}}
     assert len(datalist["testing"]) == 5
+
+
+# Volumes
+
+
+@pytest.fixture
+def volumes(tmp_path):
+    """Makes volumes of 12 axial slices, 8 x 6 pixels: lung on slices 2 to 5, heart on 7 to 9; named v0, v1, ..."""
+
+    def make(count: int, subjects: list[str] | None = None, spacing=(1, 1, 3)) -> tuple[Path, list[dict[str, str]]]:
+        rng = np.random.default_rng(0)
+        label = np.zeros((6, 8, 12), dtype=np.uint8)  # i, j, k as NIfTI stores them
+        label[1:4, 2:6, 2:6], label[2:5, 3:6, 7:10] = 1, 2
+        items = []
+        for number in range(count):
+            item = {"image": f"images/v{number}.nii.gz", "label": f"labels/v{number}.nii.gz"}
+            image = rng.normal(size=label.shape).astype(np.float32)
+            for key, values in (("image", image), ("label", label)):
+                (tmp_path / item[key]).parent.mkdir(exist_ok=True)
+                nibabel.save(nibabel.Nifti1Image(values, np.diag([*spacing, 1.0])), tmp_path / item[key])
+            items.append({**item, "subject": subjects[number] if subjects else f"v{number}"})
+        return tmp_path, items
+
+    return make
+
+
+LUNG_SLICES, HEART_SLICES = {2, 3, 4, 5}, {7, 8, 9}
+
+
+def test_supports_of_volumes_are_slices_and_each_half_has_every_class(volumes):
+    data = volumes(8)
+    for seed in range(20):
+        content = draw(data, seed=seed, n_validation=2)
+        for section in ("lower", "upper", "validation"):
+            slices = {item["slice"] for item in content[section]}
+            assert len(content[section]) == 2
+            assert slices & LUNG_SLICES
+            assert slices & HEART_SLICES
+        assert len(content["testing"]) == 2
+        assert not any("slice" in item for item in content["testing"])
+        subjects = [item["subject"] for section in SECTIONS for item in content[section]]
+        assert len(subjects) == len(set(subjects))
+    assert content["slice_axis"] == "axial"
+
+
+def test_the_slices_are_those_that_show_the_class_in_the_file(volumes):
+    """Of LAS axes, k is z and not reversed: slice 17 upright is slice 17 of the file."""
+    data = volumes(4)
+    for seed in range(10):
+        content = draw(data, seed=seed)
+        for item in content["lower"] + content["upper"]:
+            stored = np.asarray(nibabel.load(data[0] / item["label"]).dataobj)
+            assert stored[:, :, item["slice"]].any()
+
+
+def test_slices_are_counted_in_the_upright_stack_along_the_axis_asked_for(volumes):
+    """j runs to the back in RAS reversed: upright coronal slices run to the back, j to the front."""
+    data = volumes(4)
+    content = draw(data, slice_axis="coronal")
+    assert content["slice_axis"] == "coronal"
+    for item in content["lower"] + content["upper"]:
+        stored = np.asarray(nibabel.load(data[0] / item["label"]).dataobj)
+        assert stored[:, 8 - 1 - item["slice"], :].any()
+
+
+def test_volumes_that_disagree_on_their_axis_need_one(volumes):
+    dataset_dir, items = volumes(4)
+    for key in ("image", "label"):
+        values = np.asarray(nibabel.load(dataset_dir / items[2][key]).dataobj)
+        nibabel.save(nibabel.Nifti1Image(values, np.diag([1, 4, 1, 1.0])), dataset_dir / items[2][key])
+    with pytest.raises(ValueError, match=r"along axial \(as .*\), coronal \(as images/v2.*\); give one for all"):
+        draw((dataset_dir, items))
+    assert draw((dataset_dir, items), slice_axis="axial")["slice_axis"] == "axial"
+
+
+def test_an_axis_for_pictures_is_refused(folder):
+    with pytest.raises(ValueError, match="slice_axis: axial asked for, but every image is a single slice"):
+        draw(folder(["12"] * 4), slice_axis="axial")
+    assert "slice_axis" not in draw(folder(["12"] * 4))
+
+
+def test_several_slices_of_a_volume_are_different_and_in_one_half(volumes):
+    data = volumes(8)
+    for seed in range(20):
+        content = draw(data, n_shot=8, seed=seed, slices_per_volume=2)
+        for half in ("lower", "upper"):
+            names = [item["image"] for item in content[half]]
+            assert sorted(names.count(name) for name in set(names)) == [2, 2]
+            assert len({(item["image"], item["slice"]) for item in content[half]}) == 4
+        assert len(content["testing"]) == 4
+
+
+def test_more_slices_of_a_volume_are_taken_where_there_are_too_few_volumes(volumes):
+    data = volumes(3, ["a", "b", "b"])
+    for seed in range(10):
+        content = draw(data, n_shot=6, seed=seed)
+        halves = [{item["subject"] for item in content[half]} for half in ("lower", "upper")]
+        assert sorted(halves, key=len) in ([{"a"}, {"b"}], [{"b"}, {"a"}])
+        assert len(content["lower"] + content["upper"]) == 6
+        assert content["testing"] == []
+
+
+def test_supports_are_never_all_of_one_volume_while_there_are_two(volumes):
+    data = volumes(2)
+    content = draw(data, n_shot=2, slices_per_volume=7)
+    assert content["lower"][0]["subject"] != content["upper"][0]["subject"]
+
+
+def test_more_slices_than_show_a_class_are_refused(volumes):
+    """7 of 12 slices of each of two volumes show a class."""
+    data = volumes(2)
+    assert len(draw(data, n_shot=14)["lower"]) == 7
+    with pytest.raises(ValueError, match="n_shot: 15 asked for, 14 slices have a label that is not empty"):
+        draw(data, n_shot=15)
+    with pytest.raises(ValueError, match="n_shot: 25 asked for, 24 labelled images found"):
+        draw(data, n_shot=25)
+
+
+def test_a_list_of_slices_is_read_back(volumes):
+    data = volumes(6)
+    write_datalist(data[0] / "list.json", draw(data, n_validation=1))
+    read = load_datalist(data[0] / "list.json", data[0])
+    assert all(isinstance(item["slice"], int) for item in read["lower"] + read["upper"] + read["validation"])
+    assert read["allow"] == []
+
+
+def test_a_list_of_slices_drawn_again_keeps_the_slices(volumes):
+    data = volumes(4)
+    content = draw(data)
+    items, found = items_of_list(save(data[0], content))
+    again = draw((data[0], items), found["labels"], seed=5, slice_axis=found["slice_axis"])
+    slices = [{(i["image"], i["slice"]) for i in c["lower"] + c["upper"]} for c in (content, again)]
+    assert slices[0] == slices[1]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "finding"),
+    [
+        (lambda c: c["lower"][0].pop("slice"), r"v\d\.nii\.gz: is a volume of 12 slices, its item in lower names none"),
+        (lambda c: c["validation"][0].pop("slice"), r"of 12 slices, its item in validation names none; make the list"),
+        (lambda c: c["upper"][0].update(slice=12), r"slice 12 asked for, it has 12 \(0 to 11\)"),
+        (lambda c: c["upper"][0].update(slice=0), "the label is empty for lung, heart; replace this image"),
+        (lambda c: c.pop("slice_axis"), "slice_axis is None; write one of axial, coronal, sagittal"),
+        (lambda c: c.update(slice_axis="oblique"), "slice_axis is 'oblique'; write one of axial"),
+        (lambda c: c.update(allow=["tilt"]), "allow: 'tilt' is not one of missing_slices"),
+        (lambda c: c.update(window=[3, 1]), r"window: \[3, 1\] is not"),
+        (lambda c: c.update(snomed={"liver": ["1", "Liver"]}), "snomed: liver is not among the labels lung, heart"),
+        (lambda c: c.update(snomed={"lung": "39607008"}), "snomed: lung is '39607008'; write code and meaning"),
+        (lambda c: c["labels"].update(lung="Lung"), "labels: lung is 'Lung', the values of label_coding 'index' are"),
+    ],
+)
+def test_a_list_of_slices_that_does_not_hold_is_refused_in_one_line(volumes, spoil, finding):
+    data = volumes(6)
+    content = draw(data, dict(LABELS), n_validation=1)
+    spoil(content)
+    with pytest.raises(ValueError, match=finding) as error:
+        load_datalist(save(data[0], content), data[0])
+    assert "\n" not in str(error.value)
+
+
+def test_options_for_later_are_kept_in_the_list(folder):
+    options = {"allow": ["gantry_tilt"], "snomed": {"lung": ["39607008", "Lung"]}, "window": [-1000, 400]}
+    content = draw(folder(["12"] * 4), **options)
+    assert {key: content[key] for key in options} == options
+
+
+def test_an_unknown_flaw_to_allow_is_refused(folder):
+    with pytest.raises(ValueError, match="allow: 'tilt' is not one of missing_slices"):
+        draw(folder(["12"] * 4), allow=["tilt"])
+
+
+def test_a_label_on_another_grid_is_counted_on_that_of_its_image(volumes):
+    """The label of v0 is stored with its slices upside down: its slices are those of the image all the same."""
+    dataset_dir, items = volumes(4)
+    path = dataset_dir / items[0]["label"]
+    values = np.asarray(nibabel.load(path).dataobj)[:, :, ::-1]
+    affine = np.diag([1, 1, -3, 1.0])
+    affine[2, 3] = 33
+    nibabel.save(nibabel.Nifti1Image(values, affine), path)
+    for seed in range(5):
+        content = draw((dataset_dir, items), seed=seed)
+        for item in content["lower"] + content["upper"]:
+            assert item["slice"] in LUNG_SLICES | HEART_SLICES
+
+
+def test_series_and_folders_of_masks_are_listed_with_their_hashes(real_data, tmp_path):
+    """Two DICOM series of three slices, each with a folder of two masks; the first is changed afterwards."""
+    items = []
+    for name in ("p1", "p2"):
+        (tmp_path / name / "ct").mkdir(parents=True)
+        for file in (real_data / "dicom_seg_dcmqi_ct3" / "image").iterdir():
+            shutil.copyfile(file, tmp_path / name / "ct" / file.name)
+        (tmp_path / name / "masks").mkdir()
+        for organ, row in (("liver", 100), ("spleen", 300)):
+            mask = np.zeros((3, 512, 512), dtype=np.uint8)
+            mask[1, row : row + 20] = 1
+            picture = nibabel.Nifti1Image(mask.T, np.eye(4))
+            picture.header.set_xyzt_units("unknown")
+            picture.set_qform(None, 0)
+            picture.set_sform(None, 0)
+            nibabel.save(picture, tmp_path / name / "masks" / f"{organ}.nii.gz")
+        items.append({"image": f"{name}/ct", "label": f"{name}/masks", "subject": name})
+    labels = {"background": 0, "liver": "liver", "spleen": "spleen"}
+    content = draw((tmp_path, items), labels, n_shot=2, label_coding="files")
+    assert {item["slice"] for item in content["lower"] + content["upper"]} == {1}
+    path = save(tmp_path, content)
+    load_datalist(path, tmp_path)
+    with (tmp_path / "p1" / "ct" / "01.dcm").open("ab") as file:
+        file.write(b"\0\0")
+    with pytest.raises(ValueError, match=r"p1/ct: has changed since .* was made; make the list again"):
+        load_datalist(path, tmp_path)
+
+
+def test_slices_of_real_volumes_show_both_parts_of_the_hippocampus(real_data):
+    root = real_data / "msd_hippocampus"
+    items = pair_folders(root / "imagesTr", root / "labelsTr", root)
+    labels = {"background": 0, "anterior": 1, "posterior": 2}
+    content = draw((root, items), labels, n_validation=2)
+    assert [len(content[section]) for section in SECTIONS] == [2, 2, 2, 14]
+    for half in ("lower", "upper"):
+        shown = set()
+        for item in content[half]:  # the files are RAS: axial slice k is [:, :, k]
+            stored = np.asarray(nibabel.load(root / item["label"]).dataobj)[:, :, item["slice"]]
+            shown |= set(np.unique(stored).astype(int).tolist())
+        assert shown == {0, 1, 2}

@@ -18,6 +18,8 @@ def network():
 class CountingNetwork(torch.nn.Module):
     """Stands in for a network: the embedding is the mean over channels; counts the images it encodes."""
 
+    encoder_id = "counting"
+
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(1))
@@ -30,7 +32,7 @@ class CountingNetwork(torch.nn.Module):
 
 def test_the_embedding_is_what_the_encoder_gives(network):
     image = torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0))
-    item = EncodeImaged(network)({"image": image, "source": "a.png", "label": 5})
+    item = EncodeImaged(network, "none")({"image": image, "source": "a.png", "label": 5})
     with torch.no_grad():
         expected = network.sam.image_encoder(image[None])[0]
     assert sorted(item) == ["embedding", "label", "source"]
@@ -42,7 +44,7 @@ def test_the_embedding_is_what_the_encoder_gives(network):
 
 def test_each_image_and_view_is_encoded_once_however_often_it_is_asked_for():
     network = CountingNetwork()
-    encode = EncodeImaged(network)
+    encode = EncodeImaged(network, "none")
     items = [
         {"image": torch.full((3, 4, 4), float(value)), "source": source, **view}
         for value, (source, view) in enumerate([("a", {}), ("b", {}), ("a", {"view": 7}), ("a", {"view": 8})])
@@ -55,7 +57,7 @@ def test_each_image_and_view_is_encoded_once_however_often_it_is_asked_for():
 
 def test_data_sets_that_share_an_encoder_share_its_embeddings():
     network = CountingNetwork()
-    encode = EncodeImaged(network)
+    encode = EncodeImaged(network, "none")
     items = [{"image": torch.full((3, 4, 4), float(i)), "source": str(i)} for i in range(5)]
     for part in (items[:4], items[1:], items):
         CacheDataset(part, encode, progress=False)
@@ -64,7 +66,7 @@ def test_data_sets_that_share_an_encoder_share_its_embeddings():
 
 def test_the_item_given_is_not_changed():
     item = {"image": torch.ones(3, 4, 4), "source": "a"}
-    EncodeImaged(CountingNetwork())(item)
+    EncodeImaged(CountingNetwork(), "none")(item)
     assert sorted(item) == ["image", "source"]
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from blosam_monai.data.phantoms import PHANTOM_LABELS, chest_film, write_chest_films
-from blosam_monai.data.readers import list_images, read_image, read_label
+from blosam_monai.data.readers import list_cases, read_image, read_label
 
 SEEDS = range(25)
 
@@ -51,8 +51,8 @@ def test_the_heart_lies_right_of_the_lungs_middle_so_that_a_mirrored_film_is_tol
 def test_written_films_are_read_back(tmp_path):
     write_chest_films(tmp_path, 2, seed=5)
     names = ["phantom_000.png", "phantom_001.png"]
-    assert [p.name for p in list_images(tmp_path / "images")] == names
-    assert [p.name for p in list_images(tmp_path / "labels")] == names
+    assert [p.name for p in list_cases(tmp_path / "images")] == names
+    assert [p.name for p in list_cases(tmp_path / "labels")] == names
     film, label = chest_film(50_001)
-    assert np.array_equal(read_image(tmp_path / "images" / names[1]), np.stack([film] * 3))
-    assert np.array_equal(read_label(tmp_path / "labels" / names[1]), label)
+    assert np.array_equal(read_image(tmp_path / "images" / names[1]).values[0], film)
+    assert np.array_equal(read_label(tmp_path / "labels" / names[1]).values[0], label)

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blosam_monai.data.readers import read_label
-from blosam_monai.data.writers import COLOURS, write_label, write_overlay
+from blosam_monai.data.writers.pictures import COLOURS, write_label, write_overlay, write_probability
 
 
 @pytest.mark.parametrize(("greatest", "mode"), [(0, "L"), (1, "L"), (255, "L"), (256, "I;16"), (65535, "I;16")])
@@ -16,13 +15,31 @@ def test_label_values_survive_in_the_fewest_bits(tmp_path, greatest, mode):
     with Image.open(tmp_path / "x.png") as picture:
         assert picture.mode == mode
         assert picture.size == (24, 16)
-    assert np.array_equal(read_label(tmp_path / "x.png"), label)
+        assert np.array_equal(np.asarray(picture), label)
 
 
 @pytest.mark.parametrize("value", [-1, 65536])
 def test_a_label_value_that_a_png_cannot_hold_is_refused(tmp_path, value):
     with pytest.raises(ValueError, match=rf"x\.png: .*{value}"):
         write_label(tmp_path / "x.png", np.full((4, 4), value))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_probability_survives_to_the_last_of_16_bits(tmp_path):
+    probability = np.random.default_rng(0).random((16, 24), dtype=np.float32)
+    probability[0, :2] = 0, 1
+    write_probability(tmp_path / "x.png", probability)
+    with Image.open(tmp_path / "x.png") as picture:
+        stored = np.asarray(picture)
+    assert stored.dtype == np.uint16
+    assert stored[0, :2].tolist() == [0, 65535]
+    assert np.abs(stored / 65535 - probability).max() <= 0.51 / 65535  # half a step, and float32
+
+
+@pytest.mark.parametrize("value", [-0.01, 1.01, np.nan])
+def test_what_is_no_probability_is_refused(tmp_path, value):
+    with pytest.raises(ValueError, match=r"x\.png: probabilities are .*; give values from 0 to 1"):
+        write_probability(tmp_path / "x.png", np.array([[0.5, value]]))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""The one door for writing predictions. Every file appears whole or not at all."""
+"""Predictions as pictures. Every file appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,13 +16,32 @@ COLOURS = np.array(
 
 
 def write_label(path: PathLike, label: np.ndarray) -> None:
-    """Write a label map (H, W) of values 0 to 65535 as PNG, 8 bits where they suffice."""
+    """Write a label map of values 0 to 65535, 8 bits where they suffice: (H, W) as PNG, (D, H, W) as TIFF."""
     low, high = int(label.min(initial=0)), int(label.max(initial=0))
     if low < 0 or high > 65535:
         raise ValueError(f"{path}: label values {low} to {high} do not fit in a PNG; use values from 0 to 65535.")
-    picture = Image.fromarray(label.astype(np.uint8 if high < 256 else np.uint16))
+    _write_gray(path, label.astype(np.uint8 if high < 256 else np.uint16))
+
+
+def write_probability(path: PathLike, probability: np.ndarray) -> None:
+    """Write probabilities, 0 to 1, in 16 bits, 65535 is 1: (H, W) as PNG, (D, H, W) as TIFF of D pages.
+
+    Raises:
+        ValueError: NaN, or values outside 0 to 1.
+    """
+    low, high = float(probability.min()), float(probability.max())
+    if not (low >= 0 and high <= 1):  # NaN fails too
+        raise ValueError(f"{path}: probabilities are {low:g} to {high:g}; give values from 0 to 1, without NaN.")
+    _write_gray(path, np.rint(probability.astype(np.float64) * 65535).astype(np.uint16))
+
+
+def _write_gray(path: PathLike, values: np.ndarray) -> None:
     with atomic(path) as part:
-        picture.save(part, format="PNG")
+        if values.ndim == 2:
+            Image.fromarray(values).save(part, format="PNG")
+        else:
+            first, *others = map(Image.fromarray, values)
+            first.save(part, format="TIFF", compression="tiff_deflate", save_all=True, append_images=others)
 
 
 def write_overlay(path: PathLike, image: np.ndarray, pred: np.ndarray, label: np.ndarray | None = None) -> None:

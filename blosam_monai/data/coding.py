@@ -1,0 +1,115 @@
+"""How label files are coded, guessed from all of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from blosam_monai.data.geometry import Value
+from blosam_monai.data.readers import pictures, read_image, read_label, volumes
+from blosam_monai.files import PathLike
+
+MANY = 32  # gray values or colours: more are no classes
+_SOFT_EDGE = 0.3  # share of the foreground that may lie between 0 and 255 at the edges of a mask
+
+
+def find_coding(
+    files: Sequence[PathLike], *, images: Sequence[PathLike] | None = None, allow: Collection[str] = ()
+) -> tuple[str, dict[str, Value]]:
+    """Guess how label files are coded, from all of them: the coding and the labels, background first.
+
+    ======================================  ================  =========================================
+    labels                                  coding            names
+    ======================================  ================  =========================================
+    pictures of one class, 0 and 255        ``threshold``     ``foreground``
+    gray or palette pictures, volumes       ``index``         ``foreground`` or ``class_<value>``
+    pictures in up to 32 colours            ``colour``        ``colour_<rrggbb>``
+    DICOM SEG and RTSTRUCT                  ``segments``      those of the segments or regions
+    folders of one mask a class             ``files``         those of the files
+    ======================================  ================  =========================================
+
+    Masks with soft edges or JPEG noise are ``threshold`` too: many gray values, or few pixels of them.
+
+    Args:
+        files: the labels.
+        images: their images; needed for RTSTRUCT only.
+        allow: see ``read_image``.
+
+    Raises:
+        ValueError: labels of several kinds, too many colours, or every label is empty.
+    """
+    kind_of = {_kind(Path(file)): file for file in reversed(files)}
+    if "threshold" in kind_of:
+        kind_of.pop("pictures", None)  # saved beside JPEG, they are masks as well
+    if len(kind_of) > 1:
+        found = ", ".join(f"{Path(file).name} ({kind})" for kind, file in kind_of.items())
+        raise ValueError(f"labels: are of several kinds: {found}; keep one kind.")
+    kind = next(iter(kind_of))
+    if kind == "threshold":
+        return "threshold", {"background": 0, "foreground": 255}
+    if kind in ("segments", "files"):
+        return kind, {"background": 0, **_names(files, kind, images, allow)}
+    try:
+        counts = _count(files, "index")
+    except ValueError:
+        if kind == "volumes":
+            raise
+        return "colour", {"background": 0, **_colours(files)}
+    values = sorted(value for value in counts if isinstance(value, int))
+    if not values:
+        raise ValueError("labels: every label file is empty.")
+    if kind == "pictures" and _is_mask(values, counts):
+        return "threshold", {"background": 0, "foreground": 255}
+    single = values == [1] or (kind == "volumes" and len(values) == 1)
+    named: dict[str, Value] = {("foreground" if single else f"class_{value}"): value for value in values}
+    return "index", {"background": 0, **named}
+
+
+def _kind(file: Path) -> str:
+    """What a label is, from its name or, of a folder, from its files' names."""
+    if file.is_dir():
+        masks = [p for p in file.iterdir() if not p.name.startswith(".")]
+        return "files" if any(pictures.is_picture(p) or volumes.is_volume(p) for p in masks) else "segments"
+    if file.suffix.lower() in (".jpg", ".jpeg"):
+        return "threshold"  # nothing else survives the compression
+    if pictures.is_picture(file):
+        return "pictures"
+    return "volumes" if volumes.is_volume(file) else "segments"
+
+
+def _names(
+    files: Sequence[PathLike], coding: str, images: Sequence[PathLike] | None, allow: Collection[str]
+) -> dict[str, Value]:
+    """The names of masks, each standing for itself."""
+    names: set[str] = set()
+    paths: Sequence[PathLike | None] = images if images and coding == "segments" else [None] * len(files)
+    for file, path in tqdm(list(zip(files, paths, strict=True)), "reading labels"):
+        image = None if path is None else read_image(path, allow=allow)
+        names.update(str(name) for name in read_label(file, coding, image=image).counts())
+    if not names:
+        raise ValueError("labels: every label file is empty.")
+    return {name: name for name in sorted(names)}
+
+
+def _colours(files: Sequence[PathLike]) -> dict[str, Value]:
+    colours = sorted(str(colour) for colour in _count(files, "colour"))
+    if len(colours) > MANY:
+        raise ValueError(f"labels: have {len(colours)} colours, too many to be classes; export maps of class numbers.")
+    return {f"colour_{colour[1:]}": colour for colour in colours}
+
+
+def _count(files: Sequence[PathLike], coding: str) -> Counter[Value]:
+    """Pixels of each value over all labels."""
+    counts: Counter[Value] = Counter()
+    for file in tqdm(files, "reading labels"):
+        counts.update(read_label(file, coding).counts())
+    return counts
+
+
+def _is_mask(values: list[int], counts: Counter[Value]) -> bool:
+    """Whether gray values are those of one class in 0 and 255, with soft edges or noise between."""
+    between = sum(counts[value] for value in values[:-1])
+    return values[-1] > 240 and (len(values) > MANY or between < _SOFT_EDGE * counts.total())

@@ -1,0 +1,116 @@
+"""The one door for reading images and labels, whatever the format.
+
+Why not MONAI's readers: they swap the axes of pictures, read palettes as indices, ignore EXIF, take the first of
+several DICOM series silently, and fall through to other readers on an error (docs/explanation/differences.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from blosam_monai.data.geometry import Image, Label
+from blosam_monai.data.readers import dicom, dicom_labels, pictures, volumes
+from blosam_monai.files import PathLike
+
+LABEL_CODINGS = ("index", "threshold", "colour", "segments", "files")
+
+
+def read_image(path: PathLike, *, series: str | None = None, allow: Collection[str] = ()) -> Image:
+    """Read a picture, a NIfTI, NRRD or MetaImage file, a DICOM file or the folder of a DICOM series.
+
+    Args:
+        path: file or folder.
+        series: SeriesInstanceUID, needed where a folder holds several.
+        allow: flaws of a DICOM series to accept, see ``dicom.FLAWS``.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: what is wrong with the file, and the remedy.
+    """
+    path = Path(path)
+    _check_exists(path)
+    if pictures.is_picture(path):
+        return pictures.read_picture(path)
+    if volumes.is_volume(path):
+        return volumes.read_volume(path)
+    return dicom.read_dicom(path, series=series, allow=allow)
+
+
+def read_label(path: PathLike, coding: str = "index", *, image: Image | None = None) -> Label:
+    """Read a label; with its image, on that image's grid.
+
+    Args:
+        path: file or, for the coding ``files``, a folder.
+        coding: ``index``: values as stored (of a palette picture, its indices, but of a GIF its gray values);
+            ``threshold``: 1 where a picture is brighter than 127 of 255, or a volume than half of its maximum, else 0;
+            ``colour``: names are the colours ``#rrggbb``; ``segments``: a DICOM SEG or RTSTRUCT, names are its segment
+            labels or ROI names; ``files``: a folder with one mask a class or instance, names are the files' stems.
+        image: the image it belongs to; RTSTRUCT needs it.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: unreadable, fractional values, an unknown coding, or no overlap with the image.
+    """
+    path = Path(path)
+    if coding not in LABEL_CODINGS:
+        raise ValueError(f"label_coding: {coding!r} is not one of {', '.join(LABEL_CODINGS)}.")
+    _check_exists(path)
+    if coding == "segments":
+        return dicom_labels.read_segments(path, image=image)
+    if coding == "files":
+        label = pictures.read_label_folder(path)
+    elif volumes.is_volume(path):
+        label = volumes.read_label_volume(path, coding)
+    else:
+        label = pictures.read_picture_label(path, coding)
+    return label if image is None else label.on(image)
+
+
+def list_cases(path: PathLike) -> list[Path]:
+    """The cases at a path, sorted: a file; the images of a folder and the DICOM series below it, one a folder.
+
+    A folder of DICOM files is one case, unless each is a series of its own, as X-rays are.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: no image, or two of the same name.
+    """
+    path = Path(path)
+    _check_exists(path)
+    if path.is_file():
+        return [path]
+    files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))  # macOS leaves ._ files
+    cases = [p for p in files if pictures.is_picture(p) or volumes.is_volume(p)]
+    if not cases and any(dicom.is_dicom(p) for p in files):
+        held = dicom.list_series(path)
+        films = len(held) > 1 and all(len(series.files) == 1 for series in held)  # X-rays, each a series of its own
+        return sorted(Path(series.files[0]) for series in held) if films else [path]
+    cases += dicom.list_folders(path)
+    if not cases:
+        known = " ".join((*pictures.SUFFIXES, *volumes.SUFFIXES))
+        raise ValueError(f"{path}: holds no image ({known}, DICOM).")
+    first_of: dict[str, Path] = {}
+    for case in sorted(cases):
+        if first_of.setdefault(case_stem(case), case) != case:
+            other = first_of[case_stem(case)].name
+            raise ValueError(f"{case}: has the same stem as {other}; rename or remove one of them.")
+    return sorted(cases)
+
+
+def case_stem(path: PathLike) -> str:
+    """Name of a case: of its file without suffix, or of its folder.
+
+    >>> case_stem("a/hippocampus_001.nii.gz"), case_stem("b/film.1.png"), case_stem("CT.1.2.840.113")
+    ('hippocampus_001', 'film.1', 'CT.1.2.840.113')
+    """
+    name = Path(path).name
+    for suffix in sorted((*pictures.SUFFIXES, *volumes.SUFFIXES, ".dcm"), key=len, reverse=True):
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)]
+    return name
+
+
+def _check_exists(path: Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder; check dataset_dir and the data list.")

@@ -1,0 +1,1 @@
+"""The one door for writing predictions. Every file appears whole or not at all."""

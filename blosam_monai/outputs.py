@@ -1,0 +1,194 @@
+"""What a prediction becomes on disk: the format follows the input's, the name the case's; nothing lost or half there.
+
+A picture becomes a PNG (several pages a TIFF), a NIfTI, NRRD or MetaImage volume a NIfTI on the same grid, a DICOM
+series a DICOM SEG and a NIfTI.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from monai.config import KeysCollection
+from monai.transforms import MapTransform, Transform
+
+from blosam_monai.data.geometry import Image
+from blosam_monai.data.readers import case_stem
+from blosam_monai.data.tasks import Labels, output_values, task_values
+from blosam_monai.data.writers.dicom_seg import check_dicom_seg, write_dicom_seg
+from blosam_monai.data.writers.nifti import write_nifti
+from blosam_monai.data.writers.pictures import write_label, write_overlay, write_probability
+from blosam_monai.files import PathLike
+from blosam_monai.transforms import MERGE_RULES, picture_of
+
+DICOM_OUTPUTS = ("seg", "nifti")
+_SUFFIX = {"picture": ".png", "pages": ".tif", "nifti": ".nii.gz", "seg": ".seg.dcm"}
+
+
+class Output(NamedTuple):
+    """One file of a case: ``label`` or ``probability``, in which format, of which task (or all), where."""
+
+    content: str
+    format: str
+    task: str | None
+    path: Path
+
+
+class ResultExistsError(FileExistsError):
+    """A case has been written before and is kept."""
+
+
+class PlanOutputd(Transform):
+    """Set an item's ``outputs``, before the work is done: what cannot or must not be written is said at once.
+
+    Args:
+        output_dir: folder of the files.
+        tasks: names of the tasks.
+        merge: ``argmax``: one map of label values; ``separate``: a mask a task (of 255 in a picture, 1 in a NIfTI; in a
+            DICOM SEG the segments then may overlap).
+        probabilities: also a map of probabilities a task.
+        dicom_output: what a DICOM series becomes: ``seg``, ``nifti`` or both.
+        snomed: task -> (code, meaning) for DICOM SEG, see ``write_dicom_seg``.
+        overwrite: replace existing files.
+    """
+
+    def __init__(
+        self,
+        output_dir: PathLike,
+        tasks: Sequence[str],
+        *,
+        merge: str = "argmax",
+        probabilities: bool = False,
+        dicom_output: Collection[str] = DICOM_OUTPUTS,
+        snomed: Mapping[str, Sequence[str]] | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        if merge not in MERGE_RULES:
+            raise ValueError(f"merge: {merge!r} is not one of {', '.join(MERGE_RULES)}.")
+        self.dicom_output = [dicom_output] if isinstance(dicom_output, str) else list(dicom_output)
+        if not self.dicom_output or set(self.dicom_output) - set(DICOM_OUTPUTS):
+            raise ValueError(f"dicom_output: {dicom_output!r} is not a list of {', '.join(DICOM_OUTPUTS)}.")
+        self.output_dir, self.tasks, self.merge = Path(output_dir), list(tasks), merge
+        self.probabilities, self.snomed, self.overwrite = probabilities, snomed or {}, overwrite
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Plan one item.
+
+        Raises:
+            ResultExistsError: all files are there and stay.
+            ValueError: the output would replace the input, or a DICOM SEG cannot be written.
+        """
+        outputs = list(self._outputs(data["grid"], case_stem(data["source"])))
+        if any(output.path.resolve() == Path(data["source"]).resolve() for output in outputs):
+            raise ValueError(f"output_dir: {self.output_dir} is the folder of the images; choose another.")
+        if any(output.format == "seg" for output in outputs):
+            check_dicom_seg(self.tasks, snomed=self.snomed)
+        if not self.overwrite:
+            outputs = [output for output in outputs if not output.path.exists()]
+            if not outputs:
+                raise ResultExistsError(f"{data['source']}: has its result already; add overwrite=true to replace it.")
+        return dict(data) | {"outputs": outputs}
+
+    def _outputs(self, grid: Image, stem: str) -> Any:
+        formats = ["pages" if grid.shape[0] > 1 else "picture"]
+        if grid.affine is not None:
+            formats = self.dicom_output if grid.files else ["nifti"]
+        for form in formats:
+            apart = self.merge == "separate" and form != "seg"
+            for task in self.tasks if apart else [None]:
+                name = stem if task is None else f"{stem}_{_plain(task)}"
+                yield Output("label", form, task, self.output_dir / f"{name}{_SUFFIX[form]}")
+        form = "nifti" if grid.affine is not None else formats[0]
+        for task in self.tasks if self.probabilities else []:
+            path = self.output_dir / f"{stem}_{_plain(task)}_probability{_SUFFIX[form]}"
+            yield Output("probability", form, task, path)
+
+
+class SavePredictiond(MapTransform):
+    """Write an item's ``outputs`` from its prediction, each file whole or not at all.
+
+    Args:
+        output_dir: overlays go to its subfolder ``overlays``.
+        labels, tasks: see ``task_values``.
+        snomed: see ``PlanOutputd``.
+        overlays: also write the slice with the most foreground, tinted.
+    """
+
+    def __init__(
+        self,
+        output_dir: PathLike,
+        labels: Labels,
+        tasks: Sequence[str] | None = None,
+        *,
+        snomed: Mapping[str, Sequence[str]] | None = None,
+        overlays: bool = True,
+        keys: KeysCollection = "pred",
+    ) -> None:
+        super().__init__(keys)
+        self.output_dir = Path(output_dir)
+        self.tasks = list(task_values(labels, tasks))
+        numbers = [0, *output_values(labels, self.tasks).values()]
+        self.table = np.array(numbers, np.uint8 if max(numbers) < 256 else np.uint16)
+        self.snomed, self.overlays = snomed or {}, overlays
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Write one item: task numbers (D, H, W) or masks (T, D, H, W); probabilities are of its ``logits``."""
+        masks = _Masks(data[self.keys[0]].numpy(), self.tasks)
+        for output in data["outputs"]:
+            if output.content == "probability":
+                logits = data["logits"][self.tasks.index(output.task)]
+                values = np.concatenate([plane[None].float().sigmoid().numpy() for plane in logits])
+            elif output.task is not None:
+                values = masks[output.task] * np.uint8(255 if output.format in ("picture", "pages") else 1)
+            else:
+                values = masks.pred if output.format == "seg" else self.table[masks.pred]
+            self._write(output, values, masks, data)
+        if self.overlays:
+            stem = case_stem(data["source"])
+            shown = masks.fullest_slice()
+            picture = picture_of(data["image"][:, shown]).numpy()
+            write_overlay(self.output_dir / "overlays" / f"{stem}.png", picture, masks.planes(shown))
+        return dict(data)
+
+    def _write(self, output: Output, values: np.ndarray, masks: _Masks, data: Mapping[Hashable, Any]) -> None:
+        grid, to_file = data["grid"], data["orientation"].invert
+        if output.format == "picture":
+            values = values[0]
+        if output.format == "nifti":
+            write_nifti(output.path, to_file(values), grid)
+        elif output.format == "seg":
+            write_dicom_seg(output.path, {task: to_file(masks[task]) for task in self.tasks}, grid, snomed=self.snomed)
+        elif output.content == "probability":
+            write_probability(output.path, values)
+        else:
+            write_label(output.path, values)
+
+
+class _Masks:
+    """A prediction, merged or not, task by task."""
+
+    def __init__(self, pred: np.ndarray, tasks: Sequence[str]) -> None:
+        self.pred, self.tasks = pred, list(tasks)
+
+    def __getitem__(self, task: str) -> np.ndarray:
+        t = self.tasks.index(task)
+        return self.pred == t + 1 if self.pred.ndim == 3 else self.pred[t] > 0
+
+    def planes(self, d: int) -> np.ndarray:
+        """Masks of one slice, (T, H, W)."""
+        numbers = np.arange(1, len(self.tasks) + 1)[:, None, None]
+        return self.pred[d] == numbers if self.pred.ndim == 3 else self.pred[:, d] > 0
+
+    def fullest_slice(self) -> int:
+        """The slice with the most foreground; the middle one of an empty prediction."""
+        pred = self.pred if self.pred.ndim == 3 else self.pred.any(axis=0)
+        areas = np.count_nonzero(pred, axis=(1, 2))
+        return int(np.argmax(areas)) if areas.any() else len(areas) // 2
+
+
+def _plain(name: str) -> str:
+    """A task's name as part of a file name on any system."""
+    return re.sub(r"[^\w\-. ]", "_", name)

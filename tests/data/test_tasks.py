@@ -1,0 +1,47 @@
+"""Labels and tasks: numbers, names, colours, and the numbers that are written."""
+
+import pytest
+
+from blosam_monai.data.tasks import check_values, output_values, parse_labels, task_values
+
+
+@pytest.mark.parametrize("tasks", [["lung", "lung"], ["liver"], [], ["background"]])
+def test_tasks_must_be_labels_each_once(tasks):
+    with pytest.raises(ValueError, match="must be some of the labels lung, heart, each once"):
+        task_values({"background": 0, "lung": 1, "heart": "Heart"}, tasks)
+
+
+def test_background_of_any_value_is_no_task():
+    assert task_values({"background": "#000000", "none": 0, "lung": "#0000FF"}) == {"lung": ["#0000ff"]}
+
+
+def test_written_numbers_of_names_are_their_places_whatever_the_tasks():
+    labels = {"background": 0, "liver": "Liver", "spleen": ["Spleen", "Milz"], "kidney": "#FF0000"}
+    assert output_values(labels, ["kidney", "liver"]) == {"kidney": 3, "liver": 1}
+
+
+def test_tasks_that_would_be_written_alike_are_refused():
+    labels = {"background": 0, "thorax": [1, 2], "lung": 1}
+    with pytest.raises(ValueError, match="thorax and lung would both be written as 1"):
+        output_values(labels)
+    assert output_values(labels, ["lung"]) == {"lung": 1}
+
+
+@pytest.mark.parametrize("labels", [["lung"], {"lung": []}, {"lung": None}, {"lung": [1, 2.5]}, {"lung": {"a": 1}}])
+def test_labels_of_another_form_are_refused(labels):
+    with pytest.raises(ValueError, match="is not names and values"):
+        parse_labels(labels)
+
+
+@pytest.mark.parametrize(
+    ("value", "coding", "kind"),
+    [
+        ("Liver", "index", "numbers"),
+        ([1, "x"], "threshold", "numbers"),
+        (1, "segments", "names"),
+        (5, "colour", "names"),
+    ],
+)
+def test_values_of_another_kind_than_the_coding_are_refused(value, coding, kind):
+    with pytest.raises(ValueError, match=f"labels: liver is .*, the values of label_coding '{coding}' are {kind}"):
+        check_values({"background": 0, "liver": value}, coding)
