@@ -21,6 +21,7 @@ BUNDLE = next(
 )
 
 # Every key that a user sets, with its help; the defaults stand in the configs.
+LABEL_CODINGS = ("index", "threshold", "colour", "segments", "files")  # as in data.readers, which takes long to import
 KEYS = {
     "data_list": "data list (JSON), see `blosam datalist`",
     "dataset_dir": "folder that the list's paths are relative to",
@@ -149,8 +150,8 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
         return verbs[name]
 
     datalist = verb("datalist", _datalist, "Draw a few-shot data list from labelled images.")
-    datalist.add_argument("--images", help="folder of images")
-    datalist.add_argument("--labels", help="folder of labels, paired with the images by file stem")
+    datalist.add_argument("--images", help="folder of images: pictures, volumes, DICOM series")
+    datalist.add_argument("--labels", help="folder of labels, paired with the images by stem")
     datalist.add_argument("--from", dest="source", help="or an existing list: ours, Decathlon or nnU-Net dataset.json")
     datalist.add_argument("--dataset_dir", help="folder that paths are relative to (default: the list's own)")
     datalist.add_argument("--output", required=True, help="the JSON file to write")
@@ -161,10 +162,20 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     datalist.add_argument("--n_testing", type=int, help="images to test on (default: all others)")
     datalist.add_argument("--support", type=_expression, help="draw supports from stems that match, test on the rest")
     datalist.add_argument("--label_names", type=_json, help='JSON: {"lung": 1, "wheels": [2, 3]} (default: guessed)')
-    datalist.add_argument("--label_coding", choices=("index", "threshold"), help="default: guessed from all labels")
+    datalist.add_argument("--label_coding", choices=LABEL_CODINGS, help="default: guessed from all labels")
     datalist.add_argument("--subject", type=_expression, help="on the stem; its first group is the subject")
     datalist.add_argument("--image_suffix", default="", help="cut off image stems before pairing, as _0000")
     datalist.add_argument("--label_suffix", default="", help="cut off label stems before pairing, as _mask")
+    datalist.add_argument("--slice_axis", help="axial, coronal or sagittal (default: as the volumes were acquired)")
+    datalist.add_argument("--slices_per_volume", type=int, default=1, help="supports from one volume (default: 1)")
+    datalist.add_argument(
+        "--shared_subjects", type=_boolean, default=False, help="both halves may hold slices of one subject"
+    )
+    datalist.add_argument("--channel", type=int, help="of nnU-Net images in several files: the number of the channel")
+    datalist.add_argument("--allow", type=_json, help="JSON list of flaws of a DICOM series to accept")
+    datalist.add_argument("--window", type=_json, help="kept in the list for the training, as [-160, 240]")
+    datalist.add_argument("--snomed", type=_json, help='for DICOM SEG, JSON: {"liver": ["10200004", "Liver"]}')
+    datalist.add_argument("--check", type=_boolean, default=False, help="read every pair and print what it holds")
     datalist.add_argument("--name", default="", help="name of the data set")
 
     train = verb("train", _train, "Train a segmenter on a data list.")
@@ -179,7 +190,11 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     demo = verb("demo", _demo, "Train, evaluate and predict on generated chest films.")
     demo.add_argument("--output_dir", default="demo", help="folder for everything (default: demo)")
     demo.add_argument("--overwrite", type=_boolean, default=False, help="replace an earlier demo (default: false)")
-    verb("doctor", _doctor, "Show versions, device, and where weights and caches are.")
+    doctor = verb("doctor", _doctor, "Show versions, device, and where weights and caches are.")
+    doctor.add_argument("--cache_dir", help="folder of encoded images (default: in the package's cache)")
+    doctor.add_argument(
+        "--clear_cache", type=_boolean, default=False, help="remove all encoded images (default: false)"
+    )
     return parser, verbs
 
 
@@ -337,34 +352,46 @@ def _models(model: str) -> Path:
 
 
 def _datalist(options: argparse.Namespace) -> None:
-    from blosam_monai.data.datalist import find_coding, items_of_list, make_datalist, pair_folders, write_datalist
+    from blosam_monai.data.coding import count_values, find_coding
+    from blosam_monai.data.datalist import make_datalist, write_datalist
+    from blosam_monai.data.pairing import items_of_list, pair_folders
+    from blosam_monai.data.tasks import known_values
 
     if bool(options.source) == bool(options.images and options.labels):
         raise ValueError("datalist: give either --images and --labels, or --from.")
     if Path(options.output).exists() and not options.overwrite:
         raise FileExistsError(f"output: {options.output} exists; choose another or add --overwrite true.")
     content: dict[str, Any] = {}
+    picked = {"subject": options.subject, "channel": options.channel}
     if options.source:
         folder = options.dataset_dir or str(Path(options.source).parent)
-        items, content = items_of_list(options.source, subject=options.subject)
+        items, content = items_of_list(options.source, **picked)
     else:
         folder = options.dataset_dir or "."
-        items = pair_folders(
-            options.images,
-            options.labels,
-            folder,
-            image_suffix=options.image_suffix,
-            label_suffix=options.label_suffix,
-            subject=options.subject,
-        )
+        cut = {"image_suffix": options.image_suffix, "label_suffix": options.label_suffix}
+        items = pair_folders(options.images, options.labels, folder, **cut, **picked)
+    kept: dict[str, Any] = {
+        name: getattr(options, name) or content.get(name) for name in ("slice_axis", "window", "snomed")
+    }
+    kept["allow"] = options.allow or content.get("allow", [])
+    kept["shared_subjects"] = options.shared_subjects or content.get("shared_subjects", False)
     labels = options.label_names or content.get("labels")
     coding = options.label_coding or (content.get("label_coding", "index") if content else None)
     if coding is None or labels is None:
-        found_coding, found_labels = find_coding([Path(folder, item["label"]) for item in items])
+        images, files = ([Path(folder, item[key]) for item in items] for key in ("image", "label"))
+        found_coding, found_labels = find_coding(files, images=images, allow=kept["allow"])
         coding, labels = coding or found_coding, labels or found_labels
+    labels = {"background": 0, **labels}
+    if coding == "index" and options.label_names:
+        counts = count_values([Path(folder, item["label"]) for item in items], coding)
+        if others := sorted(set(counts) - known_values(labels)):
+            print(f"label values that have no name are background: {', '.join(map(str, others))}")
+            labels["background"] = [0, *others]
+    if options.check:  # before drawing, which stops at the first bad file
+        _check_pairs({**kept, "labels": labels, "label_coding": coding, "testing": items}, folder, show=False)
     datalist = make_datalist(
         items,
-        {"background": 0, **labels},
+        labels,
         dataset_dir=folder,
         n_shot=options.n_shot,
         seed=options.seed,
@@ -372,17 +399,34 @@ def _datalist(options: argparse.Namespace) -> None:
         n_validation=options.n_validation,
         n_testing=options.n_testing,
         support=options.support,
+        slices_per_volume=options.slices_per_volume,
+        **kept,
         name=options.name or content.get("name", ""),
         description=content.get("description", ""),
         license=content.get("license", content.get("licence", "unknown")),
     )
+    if options.check:
+        _check_pairs(datalist, folder)
     write_datalist(options.output, datalist)
     sizes = ", ".join(f"{section} {len(datalist[section])}" for section in ("lower", "upper", "validation", "testing"))
     print(f"{options.output}: {sizes}; labels {datalist['labels']}, coded by {coding}; dataset_dir {folder}")
 
 
+def _check_pairs(content: dict[str, Any], folder: str, *, show: bool = True) -> None:
+    """Read every pair of a list; print the table if asked to or if there is an error, then a ValueError."""
+    from blosam_monai.data.datalist_check import check_datalist, format_table
+
+    rows = check_datalist(content, folder)
+    bad = sum(bool(row.error) for row in rows)
+    if show or bad:
+        print(format_table(rows))
+    if bad:
+        raise ValueError(f"check: {bad} of {len(rows)} pairs cannot be used, see above; no list is written.")
+
+
 def _demo(options: argparse.Namespace) -> None:
-    from blosam_monai.data.datalist import make_datalist, pair_folders, write_datalist
+    from blosam_monai.data.datalist import make_datalist, write_datalist
+    from blosam_monai.data.pairing import pair_folders
     from blosam_monai.data.phantoms import PHANTOM_LABELS, write_chest_films
 
     root = Path(options.output_dir)
@@ -418,14 +462,16 @@ def _doctor(options: argparse.Namespace) -> None:
 
     import torch
 
-    from blosam_monai.networks.sam import SAM_FILES, cache_dir
+    from blosam_monai.data.embedding_cache import EmbeddingCache
+    from blosam_monai.networks.sam import SAM_FILES, cache_dir, embeddings_dir
 
     print(f"blosam_monai {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
-    for package in ("torch", "torchvision", "monai", "pytorch-ignite", "mlflow", "segment-anything", "safetensors"):
+    needed = ("torch", "torchvision", "monai", "pytorch-ignite", "mlflow", "segment-anything", "safetensors")
+    for package in (*needed, "nibabel", "SimpleITK", "pydicom", "highdicom"):
         try:
             found = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found = f"missing: pip install {package}"
+            found = f"missing: pip install {'blosam_monai[dicom]' if package == 'highdicom' else package}"
         print(f"  {package:<18}{found}")
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     print(f"device: {', '.join(names) or 'cpu'} ({torch.get_num_threads()} threads)")
@@ -436,6 +482,13 @@ def _doctor(options: argparse.Namespace) -> None:
         state = "here" if path.is_file() else f"missing; {file.url} ({file.size / 1e6:.0f} MB, SHA-256 {file.sha256})"
         print(f"  {model:<6} {path.name}: {state}")
     print("  tiny   random weights, nothing to fetch")
+    cache = EmbeddingCache(options.cache_dir or embeddings_dir())
+    if options.clear_cache:
+        print(f"encoded images: {cache.clear()} removed from {cache.folder}")
+    else:
+        entries, size = cache.stats()
+        bound = f"{size / 1e6:.1f} MB of at most {cache.max_bytes / 1e9:.0f} GB"
+        print(f"encoded images: {entries}, {bound} in {cache.folder} (--clear_cache true removes them)")
 
 
 if __name__ == "__main__":

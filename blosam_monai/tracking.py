@@ -301,7 +301,7 @@ _HOW_TO_RUN = (
     *("device", "resume", "overwrite", "use_mlflow", "log_paths", "experiment_name", "run_name"),
     *("overlays", "nsd_tolerance"),
 )
-_PUBLIC = ("labels", "label_coding", "slice_axis", "n_shot", "seed")
+_PUBLIC = ("labels", "label_coding", "slice_axis", "window", "allow", "snomed", "shared_subjects", "n_shot", "seed")
 
 
 def _anonymous(content: dict[str, Any]) -> dict[str, Any]:
@@ -320,6 +320,7 @@ def _anonymous(content: dict[str, Any]) -> dict[str, Any]:
                 "image": file_name(str(item["image"])),
                 "label": file_name(str(item.get("label"))),
                 "subject": subjects.setdefault(str(item.get("subject", item["image"])), f"subject {len(subjects) + 1}"),
+                **({"slice": item["slice"]} if "slice" in item else {}),
             }
             for item in content[section] or []
             if isinstance(item, dict)

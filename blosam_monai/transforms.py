@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from blosam_monai.data.geometry import Image, choose_slice_axis, spacing, upright
 from blosam_monai.data.readers import read_image, read_label
-from blosam_monai.data.tasks import Labels, task_values
+from blosam_monai.data.tasks import Labels, known_values, task_values
 from blosam_monai.data.windows import Window, check_window, display_stack
 from blosam_monai.files import content_sha256
 from blosam_monai.networks.sam import PIXEL_MEAN, PIXEL_STD
@@ -69,14 +69,13 @@ class LoadCased(Transform):
         allow: Collection[str] = (),
     ) -> None:
         self.values = task_values(labels, tasks)
-        self.known = {v for values in task_values(labels).values() for v in values}
+        self.known = known_values(labels)
         self.coding = label_coding
         self.window, self.neighbours, self.slice_axis = check_window(window), neighbours, slice_axis
         self.series, self.allow = series, tuple(allow)
-        if label_coding == "threshold" and len(self.known) != 1:
-            raise ValueError(
-                f"label_coding: threshold tells one class from background, the list names {len(self.known)}."
-            )
+        classes = task_values(labels)
+        if label_coding == "threshold" and len(classes) != 1:
+            raise ValueError(f"label_coding: threshold tells one class from background, the list names {len(classes)}.")
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Item:
         """Read the files of one item."""
@@ -108,7 +107,7 @@ class LoadCased(Transform):
         if self.coding == "threshold":
             masks = [label.mask([1])]
         else:
-            if self.coding in ("index", "colour"):
+            if self.coding == "index":  # names that the list leaves out are other structures
                 self._check_known(path, label.counts())
             masks = [label.mask(values) for values in self.values.values()]
         chosen = slice(None) if number is None else slice(number, number + 1)
@@ -119,9 +118,9 @@ class LoadCased(Transform):
         foreign = sorted(set(counts) - self.known)
         if foreign:
             raise ValueError(
-                f"{path}: label value {foreign[0]} is not in the data list's labels "
-                f"({', '.join(str(v) for v in sorted(self.known))}); add it there, or set "
-                '"label_coding": "threshold" for masks of 0 and 255.'
+                f"{path}: label value {foreign[0]} is not in the data list's labels ({sorted(self.known - {0})}); add "
+                f'it there ("background": [0, {foreign[0]}] if it is none of yours), or set "label_coding": '
+                '"threshold" for masks of 0 and 255.'
             )
 
 

@@ -42,4 +42,6 @@ def test_no_name_is_left_in_a_message_for_the_record(text, paths):
 
 def test_the_rest_of_a_message_stays():
     text = "a/Doe.png: label value 4 is not in the data list's labels (1, 2, 3); add it there, 1/2."
-    assert without_names(text, "a/Doe.png").startswith("<file>: label value 4 is not in the data list's labels (1, 2, 3);")
+    assert without_names(text, "a/Doe.png").startswith(
+        "<file>: label value 4 is not in the data list's labels (1, 2, 3);"
+    )

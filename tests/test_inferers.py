@@ -87,7 +87,10 @@ def test_pixels_that_are_not_square_are_made_square(network, volume):
     """Slices of 20 x 30 pixels of 3 x 2 mm are square: the whole input is used."""
     logits = SliceStreamInferer(64, decide=lambda plane: plane)(volume, network, spacing=(1, 3, 2))
     assert torch.allclose(logits, one_by_one(volume, network, (3.0, 2.0)), atol=1e-5)
-    assert PreprocessImaged(64)({"image": torch.rand(3, 20, 30), "spacing": (3.0, 2.0)})["input_size"].tolist() == [64, 64]
+    assert PreprocessImaged(64)({"image": torch.rand(3, 20, 30), "spacing": (3.0, 2.0)})["input_size"].tolist() == [
+        64,
+        64,
+    ]
 
 
 def test_averaging_is_the_mean_over_the_slices_along_three_axes(network):

@@ -74,7 +74,7 @@ def test_a_label_of_another_size_is_refused_with_both_sizes(case):
 
 
 def test_a_value_that_is_not_in_the_list_is_refused_also_if_its_task_is_not_asked_for(case):
-    with pytest.raises(ValueError, match=r"label\.png: label value 4 is not in the data list's labels \(1, 2, 3\)"):
+    with pytest.raises(ValueError, match=r"label\.png: label value 4 is not in the data list's labels \(\[1, 2, 3\]\)"):
         LoadCased({"body": 1, "wheel": 2, "glass": 3}, ["body"])(case)
 
 

@@ -53,7 +53,7 @@ def find_coding(
     if kind in ("segments", "files"):
         return kind, {"background": 0, **_names(files, kind, images, allow)}
     try:
-        counts = _count(files, "index")
+        counts = count_values(files, "index")
     except ValueError:
         if kind == "volumes":
             raise
@@ -95,14 +95,14 @@ def _names(
 
 
 def _colours(files: Sequence[PathLike]) -> dict[str, Value]:
-    colours = sorted(str(colour) for colour in _count(files, "colour"))
+    colours = sorted(str(colour) for colour in count_values(files, "colour"))
     if len(colours) > MANY:
         raise ValueError(f"labels: have {len(colours)} colours, too many to be classes; export maps of class numbers.")
     return {f"colour_{colour[1:]}": colour for colour in colours}
 
 
-def _count(files: Sequence[PathLike], coding: str) -> Counter[Value]:
-    """Pixels of each value over all labels."""
+def count_values(files: Sequence[PathLike], coding: str) -> Counter[Value]:
+    """Pixels or voxels of each value, background left out, over all labels."""
     counts: Counter[Value] = Counter()
     for file in tqdm(files, "reading labels"):
         counts.update(read_label(file, coding).counts())

@@ -135,6 +135,7 @@ def make_datalist(
     support: str | None = None,
     slice_axis: str | None = None,
     slices_per_volume: int = 1,
+    shared_subjects: bool = False,
     allow: Collection[str] = (),
     snomed: Mapping[str, Sequence[str]] | None = None,
     window: Any = None,
@@ -188,7 +189,8 @@ def make_datalist(
     _check_enough(cases, usable, n_shot, support)
     axis = _common_axis(items, cases, slice_axis)
     rng = np.random.default_rng(seed)
-    lower, upper = draw_halves(items, cases, usable, n_shot=n_shot, slices_per_volume=slices_per_volume, rng=rng)
+    few: dict[str, Any] = {"n_shot": n_shot, "slices_per_volume": slices_per_volume, "shared_subjects": shared_subjects}
+    lower, upper = draw_halves(items, cases, usable, **few, rng=rng)
     for half, chosen in (("lower", lower), ("upper", upper)):
         shown = np.any([cases[i].areas[place] for i, place in chosen], axis=0)
         for missing in sorted(task for task, found in zip(values, shown, strict=True) if not found):
@@ -213,6 +215,7 @@ def make_datalist(
         "slice_axis": axis,
         "window": window,
         "allow": sorted(allow),
+        "shared_subjects": shared_subjects,
         "snomed": {task: list(code) for task, code in (snomed or {}).items()},
     }
     return {
@@ -250,15 +253,24 @@ def _find_files(content: dict[str, Any], path: PathLike, dataset_dir: PathLike, 
 
 
 def _check_subjects(content: dict[str, Any], path: PathLike) -> None:
-    """Neither a subject nor an image may be in two sections; slices of one image in one section are fine."""
-    section_of: dict[tuple[str, str], str] = {}
+    """Neither a subject nor an image may be in two sections; slices of one image in one section are fine.
+
+    With ``shared_subjects`` D1 and D2 may share both, but no slice.
+    """
+    shared = {"lower", "upper"} if content.get("shared_subjects") else set()
+    section_of: dict[tuple[Any, ...], str] = {}
     for section in SECTIONS:
         for item in content[section]:
             for key in ("subject", "image"):
                 first = section_of.setdefault((key, item[key]), section)
-                if first != section:
-                    found = f"{key} {item[key]} is in {first} and in {section}"
-                    raise ValueError(f"{path}: {found}; keep it in one of them.")
+                if first != section and not {first, section} <= shared:
+                    raise ValueError(
+                        f"{path}: {key} {item[key]} is in {first} and in {section}; keep it in one of them."
+                    )
+            slice_of_image = item["image"], item.get("slice")
+            if section in shared and section_of.setdefault(slice_of_image, section) != section:
+                found = f"slice {item.get('slice')} of {item['image']}"
+                raise ValueError(f"{path}: {found} is in lower and in upper; keep it in one of them.")
 
 
 def _check_supports(content: dict[str, Any], values: dict[str, list[Value]]) -> None:

@@ -16,7 +16,7 @@ from blosam_monai.data.geometry import Image, Label, Value, choose_slice_axis, s
 from blosam_monai.data.pairing import SECTIONS
 from blosam_monai.data.readers import case_stem, read_image, read_label
 from blosam_monai.data.supports import Item, class_areas
-from blosam_monai.data.tasks import NUMBER_CODINGS, task_values
+from blosam_monai.data.tasks import NUMBER_CODINGS, known_values, task_values
 from blosam_monai.files import PathLike
 
 _STEM = 28  # characters of a case's name in the table
@@ -110,7 +110,7 @@ def _check_pair(items: Sequence[Item], content: Mapping[str, Any], folder: Path,
     try:
         image = read_image(folder / items[0]["image"], series=items[0].get("series"), allow=content.get("allow", ()))
         label = read_label(folder / items[0]["label"], content["label_coding"], image=image)
-        foreign = _foreign(label, task_values(content["labels"]), content["label_coding"])
+        foreign = _foreign(label, content)
     except (ValueError, OSError) as error:
         return [Row(*name, slice=item.get("slice"), error=str(error)) for name, item in zip(names, items, strict=True)]
     return [_describe(name, item, image, label, content, foreign) for name, item in zip(names, items, strict=True)]
@@ -167,11 +167,11 @@ def _unit(steps: tuple[float, ...], whole: bool) -> tuple[float, str]:
     return float(np.prod(steps[1:])), "mm2"
 
 
-def _foreign(label: Label, values: Mapping[str, Sequence[Value]], coding: str) -> list[Value]:
+def _foreign(label: Label, content: Mapping[str, Any]) -> list[Value]:
     """Values and names of a label that the list does not know."""
-    if coding == "threshold":
+    if content["label_coding"] == "threshold":
         return []
-    known = {value for wanted in values.values() for value in wanted}
+    known = known_values(content["labels"])
     return [value for value in label.counts() if value not in known]
 
 

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from blosam_monai.data.embedding_cache import EmbeddingCache
 from blosam_monai.files import PathLike
 from blosam_monai.networks.prompt_sam import PromptSam
-from blosam_monai.networks.sam import cache_dir as sam_cache_dir
+from blosam_monai.networks.sam import embeddings_dir
 
 NO_CACHE = "none"
 
@@ -44,7 +44,8 @@ class EncodeImaged(MapTransform):
     def __init__(self, network: PromptSam, cache_dir: PathLike | None = None, keys: KeysCollection = "image") -> None:
         super().__init__(keys)
         self.network = network
-        self.cache = None if cache_dir == NO_CACHE else EmbeddingCache(cache_dir or embeddings_dir())
+        folder = Path(cache_dir).expanduser() if cache_dir else embeddings_dir()
+        self.cache = None if cache_dir == NO_CACHE else EmbeddingCache(folder)
         self.embeddings: dict[str, torch.Tensor] = {}
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -71,11 +72,6 @@ class EncodeImaged(MapTransform):
         pixels = hashlib.sha256(image.contiguous().numpy().data).hexdigest()
         parts = {"input": pixels, "shape": str(tuple(image.shape)), "dtype": str(image.dtype)}
         return EmbeddingCache.key({**parts, "encoder": self.network.encoder_id})
-
-
-def embeddings_dir() -> Path:
-    """Folder of the embedding cache unless another is asked for."""
-    return sam_cache_dir() / "embeddings"
 
 
 def with_views(items: Sequence[dict[str, Any]], augment_views: int, *, seed: int) -> list[dict[str, Any]]:

@@ -138,6 +138,7 @@ def draw_halves(
     *,
     n_shot: int,
     slices_per_volume: int,
+    shared_subjects: bool,
     rng: np.random.Generator,
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Supports of D1 and of D2 as (number of the item, slice): disjoint subjects, as many classes in both as can be.
@@ -150,6 +151,7 @@ def draw_halves(
         usable: numbers of those that may become supports.
         n_shot: number of supports.
         slices_per_volume: of one volume, unless there are too few volumes; never all of one.
+        shared_subjects: a subject's slices may be in both halves, each slice in one.
         rng: of the draw.
 
     Raises:
@@ -164,10 +166,17 @@ def draw_halves(
             order = list(dict.fromkeys([int(i) for shown in rarest_first for i in rng.permutation(shown)[:2]] + order))
         first_of = list({items[i]["subject"]: i for i in reversed(order)}.values())[::-1]
         chosen = share(list(dict.fromkeys(first_of + order)), cases, n_shot, min(slices_per_volume, n_shot // 2))
-        halves = split_halves([{**items[i], "number": i} for i in chosen], seed=int(rng.integers(2**31)))
-        if not halves[1]:
-            raise ValueError("subject: all supports are of one subject; two are needed.")
-        picked = [pick_slices([item["number"] for item in half], cases, rng=rng) for half in halves]
+        if shared_subjects:
+            slices = rng.permutation(pick_slices(chosen, cases, rng=rng)).tolist()
+            picked = [[(i, place) for i, place in half] for half in (slices[: n_shot // 2], slices[n_shot // 2 :])]
+        else:
+            halves = split_halves([{**items[i], "number": i} for i in chosen], seed=int(rng.integers(2**31)))
+            if not halves[1]:
+                raise ValueError(
+                    "subject: all supports are of one subject, two are needed; label a second, or add "
+                    "shared_subjects=true to divide the slices of one."
+                )
+            picked = [pick_slices([item["number"] for item in half], cases, rng=rng) for half in halves]
         covered = sum(int(np.count_nonzero(count_shown(half, cases))) for half in picked)
         if best is None or covered > best[0]:
             best = covered, picked

@@ -38,6 +38,15 @@ def task_values(labels: Labels, tasks: Sequence[str] | None = None) -> dict[str,
     return {name: values[name] for name in chosen}
 
 
+def known_values(labels: Labels) -> set[Value]:
+    """All values that a data list knows, background included; others are refused, since they may be a mistake.
+
+    >>> sorted(known_values({"background": [0, 6, 7], "liver": 5}))
+    [0, 5, 6, 7]
+    """
+    return {_plain(v) for value in labels.values() for v in ([value] if isinstance(value, (int, str)) else value)} | {0}
+
+
 def output_values(labels: Labels, tasks: Sequence[str] | None = None) -> dict[str, int]:
     """The number of each task in a label map that is written.
 

@@ -244,6 +244,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("BLOSAM_CACHE") or Path.home() / ".cache" / "blosam_monai")
 
 
+def embeddings_dir() -> Path:
+    """Folder of images encoded before, unless another is asked for."""
+    return cache_dir() / "embeddings"
+
+
 def find_checkpoint(model: str, *, fetch: bool) -> Path:
     """Path of Meta's checkpoint of a model in the cache; fetched if asked, an error that says how to get it if not."""
     if model not in SAM_FILES:

@@ -1,5 +1,4 @@
-"""Writes small DICOM files for tests: series of slices, multi-frame files, and what is wrong with real ones.
-"""
+"""Writes small DICOM files for tests: series of slices, multi-frame files, and what is wrong with real ones."""
 
 from __future__ import annotations
 

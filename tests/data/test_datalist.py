@@ -190,7 +190,9 @@ def test_a_draw_that_cannot_be_made_is_refused(folder, classes, options, finding
 
 
 def test_supports_of_one_subject_are_refused(folder):
-    with pytest.raises(ValueError, match="all supports are of one subject; two are needed"):
+    with pytest.raises(
+        ValueError, match="all supports are of one subject, two are needed; label a second, or add shared_subjects=true"
+    ):
         draw(folder(["12"] * 4, subjects=["a"] * 4))
 
 

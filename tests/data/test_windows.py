@@ -99,11 +99,25 @@ def test_a_window_for_a_picture_in_colour_is_refused():
 
 @pytest.mark.parametrize(
     "window",
-    ["abdomen", [5], [3, 1], [0, 0], [[0, 1], [1, 2]], {"percentiles": [-1, 50]}, {"percentiles": [99, 1]}]
-    + [{"zscore": 0}, {"zscore": -1}, {"median": 3}, {}, {"zscore": "3"}, 7, []],
+    [
+        "abdomen",
+        [5],
+        [3, 1],
+        [0, 0],
+        [[0, 1], [1, 2]],
+        {"percentiles": [-1, 50]},
+        {"percentiles": [99, 1]},
+        {"zscore": 0},
+        {"zscore": -1},
+        {"median": 3},
+        {},
+        {"zscore": "3"},
+        7,
+        [],
+    ],
 )
 def test_anything_else_is_no_window(window):
-    with pytest.raises(ValueError, match="window: .* is not"):
+    with pytest.raises(ValueError, match=r"window: .* is not"):
         check_window(window)
 
 

@@ -50,7 +50,9 @@ SAME_DIRECTION = 1e-3  # of direction cosines, which have four digits or more; h
 SAME_SPACING = 1e-3  # of a pixel's size, likewise
 
 _PEEK = 8  # files of a folder looked at to tell whether it holds a series; a note or a SEG may come first
-_NO_IMAGES = {SegmentationStorage, "SEG", RTDoseStorage, "RTDOSE"}  # pixels on a grid of their own, not a scanner's
+LABEL_MAP = UID("1.2.840.10008.5.1.4.1.1.66.7")  # Label Map Segmentation Storage, which pydicom does not name
+# Pixels on a grid of their own, not a scanner's.
+_NO_IMAGES = {SegmentationStorage, LABEL_MAP, "SEG", RTDoseStorage, "RTDOSE"}
 _GROUP_OF = {  # where a multi-frame file keeps what a slice's file has at its top
     "ImagePositionPatient": "PlanePositionSequence",
     "ImageOrientationPatient": "PlaneOrientationSequence",

@@ -14,19 +14,18 @@ import numpy as np
 import pydicom
 from pydicom import Dataset
 from pydicom.config import disable_value_validation
-from pydicom.errors import InvalidDicomError
 from pydicom.pixels import iter_pixels
-from pydicom.uid import UID, RTStructureSetStorage, SegmentationStorage
+from pydicom.uid import RTStructureSetStorage, SegmentationStorage
 
 from blosam_monai.data.geometry import Image, Label
-from blosam_monai.data.readers.dicom import is_dicom, read_headers
+from blosam_monai.data.readers.dicom import LABEL_MAP, is_dicom, read_headers
 from blosam_monai.files import PathLike
 
-LABEL_MAP = UID("1.2.840.10008.5.1.4.1.1.66.7")  # Label Map Segmentation Storage, which pydicom does not name
 SEGMENT_FILES = (SegmentationStorage, LABEL_MAP, RTStructureSetStorage)
 PLANE_TOLERANCE = 0.1  # pixels; positions are decimal strings of at most 16 characters, often of rounded floats
 SAME_PLANE = 1e-2  # mm; slices are not cut closer
 CONTOUR_DIGITS = 4  # of a pixel; points drawn on pixel centres come back from mm a little beside them
+MESSAGE_LENGTH = 120  # characters quoted of a library's error
 _CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
 
 
@@ -50,10 +49,10 @@ def read_segments(path: PathLike, *, image: Image | None = None) -> Label:
         path, dataset = _open(Path(path))
         try:
             label = _read_any(dataset, path, image)
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}: lacks what a DICOM SEG or RTSTRUCT must have ({error}); export it again."
-            ) from error
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            if str(error).startswith(f"{path}: "):  # said by us
+                raise
+            raise ValueError(f"{path}: is no valid DICOM SEG or RTSTRUCT ({_line(error)}); export it again.") from error
         if image is not None and _is_elsewhere(dataset, image):
             label = replace(label, notes=(*label.notes, "the label names another frame of reference than its image"))
     return label
@@ -110,7 +109,7 @@ def _open(path: Path) -> tuple[Path, Dataset]:
             raise ValueError(f"{path}: holds {len(candidates)} DICOM SEG or RTSTRUCT files, not one; name the file.")
     found = _sop_class(candidates[0])
     if found not in SEGMENT_FILES:
-        kind = "not a DICOM file" if found is None else f"a DICOM file of another kind ({UID(found).name})"
+        kind = "not a DICOM file" if found is None else f"a DICOM file of another kind ({UID(str(found)).name})"
         raise ValueError(f"{path}: is {kind}; label_coding segments reads DICOM SEG and RTSTRUCT.")
     return candidates[0], _read(candidates[0])
 
@@ -123,11 +122,19 @@ def _sop_class(path: PathLike) -> str | None:
 def _read(path: PathLike, *keywords: str) -> Dataset:
     """A file, without its pixels where only some elements are asked for; also one without preamble."""
     try:
-        return pydicom.dcmread(
+        dataset = pydicom.dcmread(
             path, force=True, stop_before_pixels=bool(keywords), specific_tags=list(keywords) or None
         )
-    except (EOFError, InvalidDicomError, KeyError, NotImplementedError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as DICOM ({error}); copy the file again.") from error
+        for _ in dataset.iterall():  # pydicom decodes when asked: ask now, so that damage is told here
+            pass
+    except Exception as error:  # a damaged file meets pydicom's parsers in their own ways
+        raise ValueError(f"{path}: cannot be read as DICOM ({_line(error)}); copy the file again.") from error
+    return dataset
+
+
+def _line(error: Exception) -> str:
+    """The beginning of what a library says; NumPy quotes whole contours."""
+    return str(error).partition("\n")[0][:MESSAGE_LENGTH]
 
 
 def _is_elsewhere(dataset: Dataset, image: Image) -> bool:
@@ -298,8 +305,9 @@ def _own_grid(frames: _Frames, planes: _Planes, path: Path) -> tuple[np.ndarray,
         step = planes.heights(np.eye(3)) * (frames.gap or frames.thickness or 1.0)
         return np.zeros(len(heights), int), origin.affine(step), 1
     gap = frames.gap
-    if gap is None or np.abs(heights / gap - np.round(heights / gap)).max() > PLANE_TOLERANCE:
+    if gap is None or np.abs(gaps / gap - np.round(gaps / gap).clip(min=1)).max() > PLANE_TOLERANCE:
         gap = float(gaps.min())  # what is declared does not fit the positions
+    gap = heights.max() / np.round(gaps / gap).sum()  # the mean, lest rounded positions add up
     slices = np.round(heights / gap).astype(int)
     step = (planes.origins[last] - planes.origins[first]) / slices[last]  # leans where the gantry was tilted
     strayed = np.linalg.norm(planes.origins - planes.origins[first] - slices[:, None] * step, axis=1).max()
@@ -335,7 +343,7 @@ def _unpack(dataset: Dataset, path: Path) -> Iterator[np.ndarray]:
         else:
             yield from iter_pixels(dataset, raw=True)
     except Exception as error:  # decoders fail in their own ways
-        raise ValueError(f"{path}: its pixels cannot be unpacked ({error}); export it uncompressed.") from error
+        raise ValueError(f"{path}: its pixels cannot be unpacked ({_line(error)}); export it uncompressed.") from error
 
 
 def _unpack_bits(dataset: Dataset) -> Iterator[np.ndarray]:
@@ -363,7 +371,7 @@ def _read_structures(dataset: Dataset, path: Path, image: Image) -> Label:
         closed = []
         for contour in roi.get("ContourSequence", ()):
             if contour.ContourGeometricType in _CLOSED:
-                closed.append(np.array(contour.ContourData, float).reshape(-1, 3))
+                closed.append(_points(contour))
             else:
                 skipped[contour.ContourGeometricType] = skipped.get(contour.ContourGeometricType, 0) + 1
         on_slices = _sort_contours(closed, planes, thickness, path)
@@ -378,6 +386,14 @@ def _read_structures(dataset: Dataset, path: Path, image: Image) -> Label:
         notes.append(f"{outside} of {total} contours lie on no slice of the image, or beside one nearer to its slice")
     notes += [f"{count} contours of type {kind} are not areas: left out" for kind, count in sorted(skipped.items())]
     return Label(str(path), masks, image.affine, tuple(notes))
+
+
+def _points(contour: Dataset) -> np.ndarray:
+    """(N, 3) mm; long contours come undecoded, since an explicit transfer syntax holds 64 kB of numbers as text."""
+    data = contour.ContourData
+    if isinstance(data, bytes):
+        data = data.decode("ascii").rstrip("\0 ").split("\\")
+    return np.array(data, float).reshape(-1, 3)
 
 
 def _sort_contours(

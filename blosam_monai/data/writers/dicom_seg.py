@@ -27,7 +27,7 @@ Codes = Mapping[str, Sequence[str]]  # task -> (value, meaning) of its type, or 
 
 ALGORITHM = "blosam_monai"
 SERIES_DESCRIPTION = "blosam_monai segmentation (research use only)"
-SERIES_NUMBER = 300  # behind the scanner's own, where 3D Slicer puts its segmentations too
+SERIES_NUMBER = 300  # listed after the scanner's own series
 TISSUE = ("85756007", "Tissue")  # DICOM PS3.16 CID 7150 and 7151: says least, for tasks without a code
 ANATOMICAL_STRUCTURE = ("91723000", "Anatomical Structure")  # CID 7150
 ARTIFICIAL_INTELLIGENCE = ("123110", "Artificial Intelligence")  # CID 7162

@@ -8,7 +8,6 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from tests.data.dicom_files import AXIAL, CORONAL, OBLIQUE, SAGITTAL, write_enhanced, write_frames, write_series
 from pydicom import uid
 from pydicom.pixels import convert_color_space
 
@@ -21,6 +20,7 @@ from blosam_monai.data.readers.dicom import (
     read_dicom,
     read_headers,
 )
+from tests.data.dicom_files import AXIAL, CORONAL, OBLIQUE, SAGITTAL, write_enhanced, write_frames, write_series
 
 SECRET = "Verylongname^Nobody"
 

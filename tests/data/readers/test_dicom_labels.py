@@ -195,10 +195,19 @@ def test_a_declared_spacing_tells_the_grid_of_sparse_frames(tmp_path):
     assert read_segments(path).shape == (4, H, W)
 
 
-def test_a_declared_spacing_that_fits_no_position_is_not_used(tmp_path):
+@pytest.mark.parametrize("declared", [1.25, 40.0])
+def test_a_declared_spacing_that_fits_no_position_is_not_used(tmp_path, declared):
     frames = [(1, (0, 0, z), np.ones((H, W))) for z in (0, 2, 4)]
-    path = write_seg(tmp_path / "seg.dcm", frames, measures={"SpacingBetweenSlices": 1.25})
+    path = write_seg(tmp_path / "seg.dcm", frames, measures={"SpacingBetweenSlices": declared})
     assert read_segments(path).shape == (3, H, W)
+
+
+@pytest.mark.parametrize("measures", [{}, {"SpacingBetweenSlices": 1.2}, {"SpacingBetweenSlices": 1.25}])
+def test_positions_rounded_to_a_tenth_of_a_millimetre_are_even(tmp_path, measures):
+    frames = [(1, (0, 0, round(1.25 * d, 1)), np.ones((H, W))) for d in range(41)]
+    label = read_segments(write_seg(tmp_path / "seg.dcm", frames, measures=measures))
+    assert label.values["liver"].any(axis=(1, 2)).tolist() == [True] * 41
+    assert np.allclose(label.affine[:3, 0], [0, 0, 1.25])
 
 
 def test_a_single_frame_is_as_thick_as_it_says(tmp_path):
@@ -361,7 +370,7 @@ FRAMES = stack(np.ones((2, H, W)))
         (FRAMES, {"PerFrameFunctionalGroupsSequence": None}, "PerFrameFunctionalGroupsSequence"),
         (FRAMES, {"SharedFunctionalGroupsSequence": None}, "PlaneOrientationSequence"),
         (FRAMES, {"SegmentSequence": None}, "SegmentSequence"),
-        (FRAMES, {"SegmentSequence": []}, "must have"),
+        (FRAMES, {"SegmentSequence": []}, "is no valid DICOM SEG"),
         (FRAMES, {"PixelData": None}, "cannot be unpacked"),
         (FRAMES, {"NumberOfFrames": 3}, "describes 2 frames but holds 3"),
     ],
@@ -380,6 +389,14 @@ def test_a_truncated_seg_is_refused_in_one_line(tmp_path, kept):
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content))])
     with pytest.raises(ValueError, match=r"seg\.dcm: .*; (copy|export)") as error:
+        read_segments(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_position_that_is_no_number_is_refused_in_one_line(tmp_path):
+    path = write_seg(tmp_path / "seg.dcm", [(1, (12.345, 0, 0), np.ones((H, W)))])
+    path.write_bytes(path.read_bytes().replace(b"12.345", b"12;345"))
+    with pytest.raises(ValueError, match=r"seg\.dcm: is no valid DICOM SEG .*; export it again") as error:
         read_segments(path)
     assert "\n" not in str(error.value)
 
@@ -467,9 +484,11 @@ def test_two_contours_beside_each_other_are_both_held(tmp_path):
     assert read_segments(path, image=image).values["lungs"].sum() == 9 + 16
 
 
-def test_a_circle_holds_the_centres_nearer_than_its_radius(tmp_path):
+@pytest.mark.parametrize("corners", [900, 3600])  # more than 64 kB of text is stored without its representation
+@pytest.mark.filterwarnings("ignore:.*exceeds the size of 64 kByte")
+def test_a_circle_holds_the_centres_nearer_than_its_radius(tmp_path, corners):
     image = make_image(tmp_path / "ct", (1, 32, 32))
-    angles = np.linspace(0, 2 * np.pi, 900, endpoint=False)
+    angles = np.linspace(0, 2 * np.pi, corners, endpoint=False)
     circle = np.stack([15.2 + 10.3 * np.cos(angles), 14.7 + 10.3 * np.sin(angles), 0 * angles], axis=1)
     label = read_segments(write_structures(tmp_path / "rs.dcm", {"disc": [circle]}), image=image)
     h, w = np.indices((32, 32))
@@ -533,6 +552,15 @@ def test_contours_across_the_slices_are_refused(tmp_path):
     path = write_structures(tmp_path / "rs.dcm", {"cord": [sagittal]})
     with pytest.raises(ValueError, match="contours across the slices"):
         read_segments(path, image=image)
+
+
+def test_a_contour_of_no_numbers_is_refused_in_one_short_line(tmp_path):
+    image = make_image(tmp_path / "ct", (1, 16, 16))
+    path = write_structures(tmp_path / "rs.dcm", {"cord": [square(2.5, 6.5)]})
+    path.write_bytes(path.read_bytes().replace(b"2.500000", b"2;500000"))
+    with pytest.raises(ValueError, match=r"rs\.dcm: is no valid DICOM SEG or RTSTRUCT") as error:
+        read_segments(path, image=image)
+    assert len(str(error.value)) < len(str(path)) + 220
 
 
 def test_points_and_open_contours_are_left_out_and_noted(tmp_path):
