@@ -15,7 +15,7 @@ import pydicom
 from pydicom import Dataset
 from pydicom.config import disable_value_validation
 from pydicom.pixels import iter_pixels
-from pydicom.uid import RTStructureSetStorage, SegmentationStorage
+from pydicom.uid import UID, RTStructureSetStorage, SegmentationStorage
 
 from blosam_monai.data.geometry import Image, Label
 from blosam_monai.data.readers.dicom import LABEL_MAP, is_dicom, read_headers
