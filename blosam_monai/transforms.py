@@ -23,8 +23,8 @@ from scipy.ndimage import label as connected_components
 from torch import Tensor
 from torch.nn import functional as F
 
-from blosam_monai.data.geometry import Image, choose_slice_axis, spacing, upright
-from blosam_monai.data.readers import read_image, read_label
+from blosam_monai.data.geometry import Image, check_slice_axis, choose_slice_axis, spacing, upright
+from blosam_monai.data.readers import dicom, read_image, read_label
 from blosam_monai.data.tasks import Labels, known_values, task_values
 from blosam_monai.data.windows import Window, check_window, display_stack
 from blosam_monai.files import content_sha256
@@ -73,6 +73,9 @@ class LoadCased(Transform):
         self.coding = label_coding
         self.window, self.neighbours, self.slice_axis = check_window(window), neighbours, slice_axis
         self.series, self.allow = series, tuple(allow)
+        dicom.check_flaws(self.allow)
+        if slice_axis is not None:
+            check_slice_axis(slice_axis)
         classes = task_values(labels)
         if label_coding == "threshold" and len(classes) != 1:
             raise ValueError(f"label_coding: threshold tells one class from background, the list names {len(classes)}.")

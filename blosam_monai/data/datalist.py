@@ -109,7 +109,7 @@ def parse_datalist(path: PathLike) -> dict[str, Any]:
         raise ValueError(f"{path}: label_coding {content['label_coding']!r} is not one of {', '.join(LABEL_CODINGS)}.")
     check_values(content["labels"], content["label_coding"])
     _check_snomed(content.get("snomed", {}), content["labels"])
-    _check_allow(content["allow"])
+    dicom.check_flaws(content["allow"])
     check_window(content.get("window"))
     for section in (*SECTIONS, "training"):
         items = content.get(section) or []
@@ -176,7 +176,7 @@ def make_datalist(
         raise ValueError(f"slices_per_volume: {slices_per_volume} is too few; at least 1 is needed.")
     check_values(labels, label_coding)
     _check_snomed(snomed or {}, labels)
-    _check_allow(allow)
+    dicom.check_flaws(allow)
     check_window(window)
     values = task_values(labels)
     cases = [
@@ -328,12 +328,6 @@ def _check_snomed(snomed: Any, labels: Labels) -> None:
             raise ValueError(f"snomed: {task} is not among the labels {', '.join(tasks)}.")
         if not (isinstance(code, (list, tuple)) and len(code) == 2 and all(c and isinstance(c, str) for c in code)):
             raise ValueError(f'snomed: {task} is {code!r}; write code and meaning, as ["10200004", "Liver"].')
-
-
-def _check_allow(allow: Collection[str]) -> None:
-    unknown = sorted(set(allow) - set(dicom.FLAWS))
-    if unknown:
-        raise ValueError(f"allow: {unknown[0]!r} is not one of {', '.join(dicom.FLAWS)}.")
 
 
 def _check_enough(cases: Sequence[Case], usable: Sequence[int], n_shot: int, support: str | None) -> None:

@@ -156,14 +156,23 @@ def choose_slice_axis(image: Image) -> str:
     return next(name for name, axes in _UPRIGHT.items() if axes[0][0] == world)
 
 
+def check_slice_axis(slice_axis: str) -> None:
+    """Raise where a name is none of ``SLICE_AXES``.
+
+    Raises:
+        ValueError: which name.
+    """
+    if slice_axis not in SLICE_AXES:
+        raise ValueError(f"slice_axis: {slice_axis!r} is not one of {', '.join(SLICE_AXES)}.")
+
+
 def upright(image: Image | Label, slice_axis: str) -> Orientation:
     """How the file's indices become upright slices along an axis, as radiologists look at them.
 
     Slices run left, back or head; oblique volumes are cut along their own axes, those nearest to the patient's. A
     picture, or a volume of a single slice, is cut along that slice.
     """
-    if slice_axis not in SLICE_AXES:
-        raise ValueError(f"slice_axis: {slice_axis!r} is not one of {', '.join(SLICE_AXES)}.")
+    check_slice_axis(slice_axis)
     if image.affine is None:
         return Orientation((0, 1, 2), (False, False, False))
     world_of = io_orientation(image.affine)  # (3, 2): world axis and sign of d, h, w

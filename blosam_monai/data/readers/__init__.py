@@ -30,6 +30,8 @@ def read_image(path: PathLike, *, series: str | None = None, allow: Collection[s
     """
     path = Path(path)
     _check_exists(path)
+    if series is not None and (pictures.is_picture(path) or volumes.is_volume(path)):
+        raise ValueError(f"series: {series} asked for, but {path} is no DICOM; leave series out.")
     if pictures.is_picture(path):
         return pictures.read_picture(path)
     if volumes.is_volume(path):

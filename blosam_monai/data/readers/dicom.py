@@ -216,9 +216,7 @@ def read_dicom(path: PathLike, *, series: str | None = None, allow: Collection[s
             are missing, truncated or all equal, an unknown flaw.
     """
     path = Path(path)
-    unknown = sorted(set(allow) - set(FLAWS))
-    if unknown:
-        raise ValueError(f"allow: {', '.join(unknown)} is not one of {', '.join(FLAWS)}.")
+    check_flaws(allow)
     chosen = _choose(path, _read_series(path), series)
     slices = [part for file, header in chosen for part in _split(file, header)]
     _check_alike(path, slices)
@@ -235,6 +233,17 @@ def read_dicom(path: PathLike, *, series: str | None = None, allow: Collection[s
         files=tuple(dict.fromkeys(str(part.file) for part in slices)),
         notes=notes,
     )
+
+
+def check_flaws(allow: Collection[str]) -> None:
+    """Raise where a flaw to be allowed is none of ``FLAWS``.
+
+    Raises:
+        ValueError: the first such name.
+    """
+    unknown = sorted(set(allow) - set(FLAWS))
+    if unknown:
+        raise ValueError(f"allow: {unknown[0]!r} is not one of {', '.join(FLAWS)}.")
 
 
 @quietly()

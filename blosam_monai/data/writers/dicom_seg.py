@@ -110,7 +110,9 @@ def _highdicom() -> Any:
     try:
         import highdicom
     except ImportError as error:
-        raise ImportError("DICOM SEG is written by highdicom: pip install blosam_monai[dicom]") from error
+        raise ImportError(
+            'DICOM SEG is written by highdicom: pip install blosam_monai[dicom], or choose dicom_output=["nifti"]'
+        ) from error
     logging.getLogger("highdicom").setLevel(logging.WARNING)  # it tells the instances' UIDs at INFO
     return highdicom
 

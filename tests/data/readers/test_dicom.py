@@ -235,7 +235,7 @@ def test_slices_off_their_common_line_are_refused_as_uneven(tmp_path):
 
 
 def test_unknown_flaw_in_allow_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"^allow: tilt is not one of missing_slices, duplicate_positions"):
+    with pytest.raises(ValueError, match=r"^allow: 'tilt' is not one of missing_slices, duplicate_positions"):
         read_dicom(tmp_path, allow=["tilt"])
 
 
