@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from blosam_monai.data.datalist import make_datalist, pair_folders
-from blosam_monai.data.embeddings import EncodeImaged, StackedDraws
+from blosam_monai.data.datalist import make_datalist
+from blosam_monai.data.embeddings import NO_CACHE, EncodeImaged, StackedDraws
+from blosam_monai.data.pairing import pair_folders
 from blosam_monai.engines.bilevel_trainer import BilevelTrainer
 from blosam_monai.losses import TaskDiceCELoss
 from blosam_monai.networks.prompt_decoder import PromptDecoder
 from blosam_monai.networks.prompt_sam import PromptSam
-from blosam_monai.transforms import LabelToGridd, LoadCased, PreprocessImaged, RestoreSized
+from blosam_monai.transforms import LabelToGridd, LoadCased, PreprocessImaged, RestoreSized, SliceToPictured
 
 THRESHOLD = ({"background": 0, "foreground": 255}, "threshold")
 CAR = ({"background": 0, "body": 1, "wheel": 2, "light": 3, "window": 4}, "index")
@@ -57,13 +58,13 @@ def run_set(name: str, network: PromptSam, options: argparse.Namespace) -> list[
     folder_name, (labels, coding), prefix = SETS[name]
     folder = options.data / folder_name
     lists = draw_lists(folder, labels, coding, prefix, options.draws)
-    load = LoadCased(labels, None, coding)
-    preprocess, encode = PreprocessImaged(network.image_size), EncodeImaged(network)
+    load, take_slice = LoadCased(labels, None, coding), SliceToPictured()
+    preprocess, encode = PreprocessImaged(network.image_size), EncodeImaged(network, cache_dir=NO_CACHE)
     to_grid, restore = LabelToGridd(network.image_size), RestoreSized()
     tasks = list(load.values)
 
     def read(item: dict) -> dict:
-        return encode(preprocess(load({key: str(folder / item[key]) for key in ("image", "label")})))
+        return encode(preprocess(take_slice(load({key: str(folder / item[key]) for key in ("image", "label")}))))
 
     supports = {half: StackedDraws([[to_grid(read(i)) for i in d[half]] for d in lists]) for half in ("lower", "upper")}
     cases = {item["subject"]: item for datalist in lists for item in datalist["testing"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -10,9 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from blosam_monai.__main__ import BUNDLE, EVALUATE_KEYS, KEYS, PREDICT_KEYS, TRAIN_KEYS, main
+from blosam_monai.data.embedding_cache import EmbeddingCache
+from blosam_monai.networks.sam import embeddings_dir
 
 
 def test_help_answers_in_under_a_second():
@@ -93,6 +97,41 @@ def test_doctor_says_where_everything_is_and_what_is_missing(capsys, monkeypatch
     assert str(tmp_path) in out
     assert "sam_vit_b_01ec64.pth: missing" in out
     assert "sam_vit_l_0b3195.pth: here" in out
+
+
+def test_doctor_counts_the_encoded_images_and_clears_them(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("BLOSAM_CACHE", str(tmp_path))
+    cache = EmbeddingCache(embeddings_dir())
+    for number in range(3):
+        cache.put(EmbeddingCache.key({"number": number}), torch.zeros(250))  # 1000 bytes and a header
+    assert main(["doctor"]) == 0
+    assert "encoded images: 3, 0.0 MB of at most 11 GB" in capsys.readouterr().out
+    assert main(["doctor", "--clear_cache", "true"]) == 0
+    assert "encoded images: 3 removed" in capsys.readouterr().out
+    assert cache.stats() == (0, 0)
+
+
+def test_values_without_a_name_become_background_and_that_is_said(phantoms, tmp_path, capsys):
+    folders = ["--images", str(phantoms / "images"), "--labels", str(phantoms / "labels"), "--n_shot", "4"]
+    target = str(tmp_path / "l.json")
+    assert main(["datalist", *folders, "--label_names", '{"heart": 2}', "--output", target]) == 0
+    assert "label values that have no name are background: 1" in capsys.readouterr().out
+    assert json.loads(Path(target).read_text())["labels"] == {"background": [0, 1], "heart": 2}
+
+
+def test_check_shows_every_pair_and_a_bad_one_prevents_the_list(phantoms, tmp_path, capsys):
+    shutil.copytree(phantoms, tmp_path / "data")
+    folders = ["--images", str(tmp_path / "data" / "images"), "--labels", str(tmp_path / "data" / "labels")]
+    named = ["--label_names", '{"lung": 1, "heart": 2}', "--label_coding", "index"]
+    given = ["datalist", *folders, *named, "--check", "true"]
+    assert main([*given, "--output", str(tmp_path / "good.json")]) == 0
+    assert "10 checked: 0 with errors" in capsys.readouterr().out
+    Image.fromarray(np.ones((9, 9), np.uint8)).save(tmp_path / "data" / "labels" / "phantom_004.png")
+    assert main([*given, "--output", str(tmp_path / "bad.json")]) == 1
+    said = capsys.readouterr()
+    assert "label has shape (9, 9), its image (224, 288)" in said.out
+    assert "check: 1 of 10 pairs cannot be used, see above; no list is written." in said.err
+    assert not (tmp_path / "bad.json").exists()
 
 
 def test_from_two_folders_to_masks(phantoms, tmp_path, capsys, monkeypatch):

@@ -14,9 +14,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from blosam_monai.__main__ import main
 from blosam_monai.data.phantoms import PHANTOM_LABELS
-from blosam_monai.data.readers import read_image, read_label
-from blosam_monai.data.writers import write_overlay
+from blosam_monai.data.writers.pictures import write_overlay
 from blosam_monai.files import PathLike
+from blosam_monai.transforms import LoadCased, SliceToPictured
 
 TARGET = Path(__file__).with_name("overview.png")
 COLUMNS = 4
@@ -62,16 +62,17 @@ def make_overview(target: PathLike) -> None:
 
 def _tinted(image: Path, mask: Path, *, outline: Path | None = None) -> Image.Image:
     """One tile: the image with the classes of a label map tinted and those of another outlined."""
+    item = _read(image, mask)
     with tempfile.TemporaryDirectory() as folder:
         tile = Path(folder, "tile.png")
-        write_overlay(tile, read_image(image), _classes(mask), None if outline is None else _classes(outline))
+        write_overlay(tile, item["image"], item["label"], None if outline is None else _read(image, outline)["label"])
         return Image.open(tile).convert("RGB").resize(TILE, Image.Resampling.LANCZOS)
 
 
-def _classes(path: Path) -> np.ndarray:
-    """Label map -> binary masks (T, H, W), background left out."""
-    label = read_label(path)
-    return np.stack([label == value for name, value in PHANTOM_LABELS.items() if name != "background"])
+def _read(image: Path, mask: Path) -> dict[str, np.ndarray]:
+    """``image`` (3, H, W), 0 to 255, and ``label``: binary masks (T, H, W)."""
+    item = SliceToPictured()(LoadCased(PHANTOM_LABELS)({"image": str(image), "label": str(mask)}))
+    return {key: item[key].numpy() for key in ("image", "label")}
 
 
 if __name__ == "__main__":

@@ -472,6 +472,34 @@ def test_supports_are_never_all_of_one_volume_while_there_are_two(volumes):
     assert content["lower"][0]["subject"] != content["upper"][0]["subject"]
 
 
+def test_one_volume_can_be_shared_by_the_halves_if_asked_for_but_none_of_its_slices(volumes):
+    one = dataset_dir, _ = volumes(1)
+    with pytest.raises(ValueError, match="all supports are of one subject"):
+        draw(one)
+    for seed in range(5):
+        datalist = draw(one, seed=seed, shared_subjects=True)
+        lower, upper = ([item["slice"] for item in datalist[half]] for half in ("lower", "upper"))
+        assert (len(lower), len(upper), len({*lower, *upper})) == (2, 2, 4)
+        assert datalist["testing"] == []
+        read = load_datalist(save(dataset_dir, datalist), dataset_dir)
+        assert read["shared_subjects"] is True
+
+
+@pytest.mark.parametrize(
+    ("change", "finding"),
+    [
+        (lambda d: d["upper"].append(d["lower"][0]), r"slice \d+ of .* is in lower and in upper; keep it in one"),
+        (lambda d: d["testing"].append({**d["lower"][0]}), "is in lower and in testing; keep it in one of them"),
+    ],
+)
+def test_shared_halves_share_neither_slices_nor_tests(volumes, change, finding):
+    dataset_dir, items = volumes(1)
+    datalist = draw((dataset_dir, items), shared_subjects=True)
+    change(datalist)
+    with pytest.raises(ValueError, match=finding):
+        load_datalist(save(dataset_dir, datalist), dataset_dir)
+
+
 def test_more_slices_than_show_a_class_are_refused(volumes):
     """7 of 12 slices of each of two volumes show a class."""
     data = volumes(2)
