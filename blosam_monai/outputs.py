@@ -81,7 +81,7 @@ class PlanOutputd(Transform):
             ResultExistsError: all files are there and stay.
             ValueError: the output would replace the input, or a DICOM SEG cannot be written.
         """
-        outputs = list(self._outputs(data["grid"], case_stem(data["source"])))
+        outputs = list(self._outputs(data["grid"], _name(data)))
         if any(output.path.resolve() == Path(data["source"]).resolve() for output in outputs):
             raise ValueError(f"output_dir: {self.output_dir} is the folder of the images; choose another.")
         if any(output.format == "seg" for output in outputs):
@@ -147,7 +147,7 @@ class SavePredictiond(MapTransform):
                 values = masks.pred if output.format == "seg" else self.table[masks.pred]
             self._write(output, values, masks, data)
         if self.overlays:
-            stem = case_stem(data["source"])
+            stem = _name(data)
             shown = masks.fullest_slice()
             picture = picture_of(data["image"][:, shown]).numpy()
             write_overlay(self.output_dir / "overlays" / f"{stem}.png", picture, masks.planes(shown))
@@ -187,6 +187,11 @@ class _Masks:
         pred = self.pred if self.pred.ndim == 3 else self.pred.any(axis=0)
         areas = np.count_nonzero(pred, axis=(1, 2))
         return int(np.argmax(areas)) if areas.any() else len(areas) // 2
+
+
+def _name(data: Mapping[Hashable, Any]) -> str:
+    """What the files of a case are called: its name in ``list_cases``, or its stem."""
+    return data["name"] if "name" in data else case_stem(data["source"])
 
 
 def _plain(name: str) -> str:

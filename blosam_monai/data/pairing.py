@@ -257,7 +257,7 @@ def _list_images(path: PathLike) -> dict[Path, str]:
         stems = [folder.relative_to(path).parts[0] for folder in folders]
         if len(set(stems)) == len(stems) > 0:
             return dict(zip(folders, stems, strict=True))
-    return {file: case_stem(file) for file in list_cases(path)}
+    return list_cases(path)
 
 
 def _have_channels(stems: Sequence[str]) -> bool:

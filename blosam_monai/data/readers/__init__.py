@@ -69,10 +69,12 @@ def read_label(path: PathLike, coding: str = "index", *, image: Image | None = N
     return label if image is None else label.on(image)
 
 
-def list_cases(path: PathLike) -> list[Path]:
-    """The cases at a path, sorted: a file; the images of a folder and the DICOM series below it, one a folder.
+def list_cases(path: PathLike) -> dict[Path, str]:
+    """The cases at a path and their names, sorted: a file; the images of a folder and the DICOM series below it.
 
-    A folder of DICOM files is one case, unless each is a series of its own, as X-rays are.
+    A folder of DICOM files is one case, unless each is a series of its own, as X-rays are. A case is named by its stem;
+    series in folders of the same name, as ``patient_1/CT`` and ``patient_2/CT``, by their way from the path
+    (``patient_1_CT``).
 
     Raises:
         FileNotFoundError: nothing there.
@@ -81,23 +83,27 @@ def list_cases(path: PathLike) -> list[Path]:
     path = Path(path)
     _check_exists(path)
     if path.is_file():
-        return [path]
+        return {path: case_stem(path)}
     files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))  # macOS leaves ._ files
     cases = [p for p in files if pictures.is_picture(p) or volumes.is_volume(p)]
+    folders: list[Path] = []
     if not cases and any(dicom.is_dicom(p) for p in files):
         held = dicom.list_series(path)
-        films = len(held) > 1 and all(len(series.files) == 1 for series in held)  # X-rays, each a series of its own
-        return sorted(Path(series.files[0]) for series in held) if films else [path]
-    cases += dicom.list_folders(path)
-    if not cases:
+        films = len(held) > 1 and all(len(series.files) == 1 for series in held)  # X-rays
+        cases = sorted(Path(series.files[0]) for series in held) if films else [path]
+    else:
+        folders = dicom.list_folders(path)
+    if not cases and not folders:
         known = " ".join((*pictures.SUFFIXES, *volumes.SUFFIXES))
         raise ValueError(f"{path}: holds no image ({known}, DICOM).")
+    same = len({folder.name for folder in folders}) < len(folders)
+    names = {case: case_stem(case) for case in cases}
+    names |= {folder: "_".join(folder.relative_to(path).parts) if same else case_stem(folder) for folder in folders}
     first_of: dict[str, Path] = {}
-    for case in sorted(cases):
-        if first_of.setdefault(case_stem(case), case) != case:
-            other = first_of[case_stem(case)].name
-            raise ValueError(f"{case}: has the same stem as {other}; rename or remove one of them.")
-    return sorted(cases)
+    for case, name in sorted(names.items()):
+        if first_of.setdefault(name, case) != case:
+            raise ValueError(f"{case}: has the same stem as {first_of[name].name}; rename or remove one of them.")
+    return dict(sorted(names.items()))
 
 
 def case_stem(path: PathLike) -> str:
