@@ -27,7 +27,7 @@ from monai.handlers import MLFlowHandler
 from monai.utils.enums import CommonKeys
 
 from blosam_monai import __version__
-from blosam_monai.data.datalist import SECTIONS
+from blosam_monai.data.pairing import SECTIONS
 from blosam_monai.engines.bilevel_trainer import UPPER_LOSS, BilevelEvents
 from blosam_monai.files import PathLike, file_sha256
 from blosam_monai.handlers import case_id, task_means

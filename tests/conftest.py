@@ -36,7 +36,8 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory) -> Path:
     """Ten chest films with labels (lung 1, heart 2) and ``list.json``: 4 shots, 2 for validation, 4 for testing."""
-    from blosam_monai.data.datalist import make_datalist, pair_folders, write_datalist
+    from blosam_monai.data.datalist import make_datalist, write_datalist
+    from blosam_monai.data.pairing import pair_folders
     from blosam_monai.data.phantoms import PHANTOM_LABELS, write_chest_films
 
     folder = tmp_path_factory.mktemp("phantoms")

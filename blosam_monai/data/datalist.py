@@ -20,25 +20,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from blosam_monai.data.coding import find_coding
 from blosam_monai.data.geometry import SLICE_AXES, Value
-from blosam_monai.data.pairing import SECTIONS, items_of_list, pair_folders, parse_item, read_json
+from blosam_monai.data.pairing import SECTIONS, parse_item, read_json
 from blosam_monai.data.readers import LABEL_CODINGS, case_stem, dicom, pictures
 from blosam_monai.data.supports import Case, Item, draw_halves, pick_slices, share, split_halves, survey
 from blosam_monai.data.tasks import Labels, check_values, parse_labels, task_values
 from blosam_monai.data.windows import check_window
 from blosam_monai.files import PathLike, atomic, content_sha256
-
-__all__ = [
-    "SECTIONS",
-    "find_coding",
-    "items_of_list",
-    "load_datalist",
-    "make_datalist",
-    "pair_folders",
-    "parse_datalist",
-    "write_datalist",
-]
 
 logger = logging.getLogger(__name__)
 

@@ -13,12 +13,11 @@ import pytest
 from PIL import Image
 
 from blosam_monai.data.datalist import (
-    SECTIONS,
     load_datalist,
     make_datalist,
     write_datalist,
 )
-from blosam_monai.data.pairing import items_of_list, pair_folders
+from blosam_monai.data.pairing import SECTIONS, items_of_list, pair_folders
 from blosam_monai.data.supports import Case
 
 LABELS = {"background": 0, "lung": 1, "heart": 2}

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blosam_monai.data.datalist import make_datalist, pair_folders
+from blosam_monai.data.datalist import make_datalist
 from blosam_monai.data.datalist_check import check_datalist, format_table
+from blosam_monai.data.pairing import pair_folders
 
 LABELS = {"background": 0, "lung": 1, "heart": 2}
 
