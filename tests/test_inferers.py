@@ -106,6 +106,18 @@ def test_averaging_is_the_mean_over_the_slices_along_three_axes(network):
     assert torch.equal(decided, merge_tasks(mean.float()))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_volume_on_cuda_is_the_volume_on_the_cpu(network, volume):
+    expected = SliceStreamInferer(64)(volume, network)
+    try:
+        found = SliceStreamInferer(64, batch_size=4)(volume, network.cuda())
+    finally:
+        network.cpu()
+    assert found.device.type == "cpu"
+    assert (found.float() - expected.float()).abs().max() < 1e-2 * expected.abs().max()
+
+
 def test_an_unknown_preprocessing_is_refused():
     with pytest.raises(ValueError, match="preprocess: 'zoom' is not one of sam, paper"):
         SliceStreamInferer(64, "zoom")
