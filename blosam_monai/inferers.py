@@ -38,6 +38,7 @@ class SliceStreamInferer(Inferer):
             there are several slices.
         average_axes: average the logits over slices along all three axes; costs three times the time, and the logits
             of the whole volume in half precision.
+        neighbours: as the channels were made, see ``data.windows``; such channels belong to one axis.
         batch_size: slices in one call of the network.
     """
 
@@ -48,10 +49,15 @@ class SliceStreamInferer(Inferer):
         *,
         decide: Callable[[Tensor], Tensor] | None = None,
         average_axes: bool = False,
+        neighbours: int = 0,
         batch_size: int = 1,
     ) -> None:
         if preprocess not in PREPROCESS:
             raise ValueError(f"preprocess: {preprocess!r} is not one of {', '.join(PREPROCESS)}.")
+        if average_axes and neighbours:
+            raise ValueError(
+                f"average_axes: the model was trained with neighbours={neighbours} along one axis; leave average_axes out."
+            )
         self.image_size, self.preprocess, self.decide = image_size, preprocess, decide
         self.average_axes, self.batch_size = average_axes, batch_size
 
@@ -68,7 +74,7 @@ class SliceStreamInferer(Inferer):
         """Segment a case.
 
         Args:
-            inputs: (C, D, H, W), C = 1 or 3, upright slices.
+            inputs: (C, D, H, W), C = 1 or 3, upright slices; or a batch of such.
             network: on its own device.
             spacing: of D, H and W.
             slice_axis: what D runs along; matters for ``average_axes`` only.
@@ -76,6 +82,8 @@ class SliceStreamInferer(Inferer):
         Returns:
             (..., D, H, W) on the CPU, see ``decide``; logits are (T, D, H, W).
         """
+        if inputs.ndim == 5:
+            return torch.stack([self(case, network, spacing=spacing, slice_axis=slice_axis) for case in inputs])
         if self.average_axes and inputs.shape[1] > 1:
             return self._average(inputs, network, spacing, slice_axis)
         kept: Tensor | None = None

@@ -106,6 +106,17 @@ def test_averaging_is_the_mean_over_the_slices_along_three_axes(network):
     assert torch.equal(decided, merge_tasks(mean.float()))
 
 
+def test_a_batch_of_cases_is_its_cases(network, volume):
+    both = torch.stack([volume, volume.flip(1)])
+    found = SliceStreamInferer(64, decide=merge_tasks)(both, network)
+    assert torch.equal(found[1], SliceStreamInferer(64, decide=merge_tasks)(volume.flip(1), network))
+
+
+def test_neighbours_along_one_axis_are_not_averaged_over_three():
+    with pytest.raises(ValueError, match="average_axes: the model was trained with neighbours=2 along one axis"):
+        SliceStreamInferer(64, average_axes=True, neighbours=2)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_volume_on_cuda_is_the_volume_on_the_cpu(network, volume):
