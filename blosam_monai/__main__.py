@@ -50,7 +50,7 @@ KEYS = {
     "val_interval": "epochs between validations and between saves of the training state",
     "augment_views": "extra fixed views of each support image",
     "window": 'gray values shown: [low, high] (HU), three of these, {"percentiles": [1, 99]} or {"zscore": 3} '
-    "(default: all of 8 bits, else percentiles 0.5 to 99.5)",
+    "(default: that of the list; else pictures as they are, volumes from percentile 0.5 to 99.5)",
     "neighbours": "slices so many before and after as the other two channels; 0: none",
     "cache_dir": "folder of encoded images (default: in the package's cache), `none` for no cache on disk",
     "nsd_tolerance": "tolerance of the surface Dice, mm (pixels where an image has no spacing)",
@@ -70,7 +70,7 @@ KEYS = {
     "largest_component": "keep the largest component: true, false or a JSON list of tasks",
     "fill_holes": "fill holes: true, false or a JSON list of tasks",
     "average_axes": "average over slices along all three axes of a volume",
-    "slice_axis": "axial, coronal or sagittal (default: that of the training)",
+    "slice_axis": "axial, coronal or sagittal (default: that of the data list, then of the training)",
     "series": "SeriesInstanceUID, where a folder holds several series",
     "allow": "JSON list of flaws of a DICOM series to accept",
     "overlays": "also write the images with masks tinted",
@@ -487,7 +487,7 @@ def _doctor(options: argparse.Namespace) -> None:
         print(f"encoded images: {cache.clear()} removed from {cache.folder}")
     else:
         entries, size = cache.stats()
-        bound = f"{size / 1e6:.1f} MB of at most {cache.max_bytes / 1e9:.0f} GB"
+        bound = f"{size / 2**20:.1f} MiB of at most {cache.max_bytes / 2**30:.0f} GiB"
         print(f"encoded images: {entries}, {bound} in {cache.folder} (--clear_cache true removes them)")
 
 

@@ -26,16 +26,20 @@ def one_line(error: BaseException) -> str:
 
 
 def without_names(text: str, *paths: PathLike) -> str:
-    """A message without the given paths, their names and whatever else looks like a path.
+    """A message without the given paths, their names, whatever else looks like a path, quoted text and DICOM UIDs.
 
     >>> without_names("/data/Doe John/ct.nii.gz: is cut short; see ct.", "/data/Doe John/ct.nii.gz")
     '<file>: is cut short; see <file>.'
+    >>> without_names("ct: holds 2 series: 'Thorax of Doe' 512 x 512 x 40 UID 1.2.840.113619.2.1 ; choose one.", "ct")
+    "<file>: holds 2 series: '...' 512 x 512 x 40 UID <uid> ; choose one."
     """
     known = {str(part) for path in paths for part in (Path(path), Path(path).resolve(), Path(path).name)}
     known |= {Path(path).name.split(".")[0] for path in paths}
     for name in sorted((name for name in known if len(name) > 1), key=len, reverse=True):
         text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "<file>", text)
-    return re.sub(r"(<file>)?[^\s'\"(]*[/\\][^\s'\":;,)]*", "<file>", text)
+    text = re.sub(r"(<file>)?[^\s'\"(]*[/\\][^\s'\":;,)]*", "<file>", text)
+    text = re.sub(r"'(?!<file>')[^']*'", "'...'", text)
+    return re.sub(r"\b\d+(\.\d+){4,}\b", "<uid>", text)
 
 
 def tell(text: str) -> None:

@@ -94,6 +94,8 @@ class CaseTableHandler:
         for item, output in zip(engine.state.batch, engine.state.output, strict=True):
             pred, label = (output[key].cpu() for key in (CommonKeys.PRED, CommonKeys.LABEL))
             spacing = None if item["unit"] == "pixel" else [float(size) for size in item["spacing"]]
+            if pred.ndim == 4 and pred.shape[1] == 1:  # one slice has an area, not a volume
+                pred, label, spacing = pred[:, 0], label[:, 0], spacing and spacing[1:]
             scores = case_scores(pred, label, spacing=spacing, nsd_tolerance=self.nsd_tolerance)
             identity = case_id(item)
             name = self._name(item, identity)
@@ -138,11 +140,11 @@ class CaseTableHandler:
         return name
 
     def _draw(self, name: str, item: Mapping[str, Any], pred: Tensor, label: Tensor) -> None:
+        shown = 0
         if pred.ndim == 4:
             shown = int((pred > 0).sum(dim=(0, 2, 3)).add((label > 0).sum(dim=(0, 2, 3))).argmax())
-            pred, label, picture = pred[:, shown], label[:, shown], item[CommonKeys.IMAGE][:, shown]
-        else:
-            picture = item["picture"]
+            pred, label = pred[:, shown], label[:, shown]
+        picture = item["picture"] if "picture" in item else item[CommonKeys.IMAGE][:, shown]
         path = self.output_dir / "overlays" / f"{name}.png"
         write_overlay(path, picture_of(picture).numpy(), pred.numpy(), label.numpy())
 

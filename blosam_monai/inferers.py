@@ -56,7 +56,8 @@ class SliceStreamInferer(Inferer):
             raise ValueError(f"preprocess: {preprocess!r} is not one of {', '.join(PREPROCESS)}.")
         if average_axes and neighbours:
             raise ValueError(
-                f"average_axes: the model was trained with neighbours={neighbours} along one axis; leave average_axes out."
+                f"average_axes: the model was trained with neighbours={neighbours} along one axis; leave "
+                "average_axes out."
             )
         self.image_size, self.preprocess, self.decide = image_size, preprocess, decide
         self.average_axes, self.batch_size = average_axes, batch_size

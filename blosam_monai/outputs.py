@@ -7,7 +7,7 @@ series a DICOM SEG and a NIfTI.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import numpy as np
 from monai.config import KeysCollection
 from monai.transforms import MapTransform, Transform
 
-from blosam_monai.data.geometry import Image
+from blosam_monai.data.geometry import Image, Orientation
 from blosam_monai.data.readers import case_stem
 from blosam_monai.data.tasks import Labels, output_values, task_values
 from blosam_monai.data.writers.dicom_seg import check_dicom_seg, write_dicom_seg
@@ -85,7 +85,7 @@ class PlanOutputd(Transform):
         if any(output.path.resolve() == Path(data["source"]).resolve() for output in outputs):
             raise ValueError(f"output_dir: {self.output_dir} is the folder of the images; choose another.")
         if any(output.format == "seg" for output in outputs):
-            check_dicom_seg(self.tasks, snomed=self.snomed)
+            check_dicom_seg(self.tasks, snomed=self.snomed, image=data["grid"])
         if not self.overwrite:
             outputs = [output for output in outputs if not output.path.exists()]
             if not outputs:
@@ -136,57 +136,70 @@ class SavePredictiond(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Write one item: task numbers (D, H, W) or masks (T, D, H, W); probabilities are of its ``logits``."""
-        masks = _Masks(data[self.keys[0]].numpy(), self.tasks)
+        pred = data[self.keys[0]].numpy()
         for output in data["outputs"]:
-            if output.content == "probability":
-                logits = data["logits"][self.tasks.index(output.task)]
-                values = np.concatenate([plane[None].float().sigmoid().numpy() for plane in logits])
-            elif output.task is not None:
-                values = masks[output.task] * np.uint8(255 if output.format in ("picture", "pages") else 1)
+            if output.format == "seg":
+                by_task = _Masks(pred, self.tasks, data["orientation"])
+                write_dicom_seg(output.path, by_task, data["grid"], snomed=self.snomed)
             else:
-                values = masks.pred if output.format == "seg" else self.table[masks.pred]
-            self._write(output, values, masks, data)
+                self._write(output, self._values(output, pred, data), data)
         if self.overlays:
             stem = _name(data)
-            shown = masks.fullest_slice()
+            shown = _fullest_slice(pred)
             picture = picture_of(data["image"][:, shown]).numpy()
-            write_overlay(self.output_dir / "overlays" / f"{stem}.png", picture, masks.planes(shown))
+            masks = np.concatenate([_mask(pred[..., [shown], :, :], t) for t in range(len(self.tasks))])  # (T, H, W)
+            write_overlay(self.output_dir / "overlays" / f"{stem}.png", picture, masks)
         return dict(data)
 
-    def _write(self, output: Output, values: np.ndarray, masks: _Masks, data: Mapping[Hashable, Any]) -> None:
-        grid, to_file = data["grid"], data["orientation"].invert
+    def _values(self, output: Output, pred: np.ndarray, data: Mapping[Hashable, Any]) -> np.ndarray:
+        """What one file holds, (D, H, W)."""
+        if output.task is None:
+            return self.table[pred]
+        t = self.tasks.index(output.task)
+        if output.content == "label":
+            mask = _mask(pred, t)
+            return mask if output.format == "nifti" else mask * np.uint8(255)
+        values = np.empty(data["logits"].shape[1:], np.float32)
+        for plane, logits in zip(values, data["logits"][t], strict=True):
+            plane[:] = logits.float().sigmoid().numpy()
+        return values
+
+    def _write(self, output: Output, values: np.ndarray, data: Mapping[Hashable, Any]) -> None:
         if output.format == "picture":
             values = values[0]
         if output.format == "nifti":
-            write_nifti(output.path, to_file(values), grid)
-        elif output.format == "seg":
-            write_dicom_seg(output.path, {task: to_file(masks[task]) for task in self.tasks}, grid, snomed=self.snomed)
+            write_nifti(output.path, data["orientation"].invert(values), data["grid"])
         elif output.content == "probability":
             write_probability(output.path, values)
         else:
             write_label(output.path, values)
 
 
-class _Masks:
-    """A prediction, merged or not, task by task."""
+class _Masks(Mapping[str, np.ndarray]):
+    """Task -> mask (D, H, W) in the file's order, made when asked for: together they may be larger than the image."""
 
-    def __init__(self, pred: np.ndarray, tasks: Sequence[str]) -> None:
-        self.pred, self.tasks = pred, list(tasks)
+    def __init__(self, pred: np.ndarray, tasks: Sequence[str], orientation: Orientation) -> None:
+        self.pred, self.tasks, self.orientation = pred, list(tasks), orientation
 
     def __getitem__(self, task: str) -> np.ndarray:
-        t = self.tasks.index(task)
-        return self.pred == t + 1 if self.pred.ndim == 3 else self.pred[t] > 0
+        return self.orientation.invert(_mask(self.pred, self.tasks.index(task)))
 
-    def planes(self, d: int) -> np.ndarray:
-        """Masks of one slice, (T, H, W)."""
-        numbers = np.arange(1, len(self.tasks) + 1)[:, None, None]
-        return self.pred[d] == numbers if self.pred.ndim == 3 else self.pred[:, d] > 0
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tasks)
 
-    def fullest_slice(self) -> int:
-        """The slice with the most foreground; the middle one of an empty prediction."""
-        pred = self.pred if self.pred.ndim == 3 else self.pred.any(axis=0)
-        areas = np.count_nonzero(pred, axis=(1, 2))
-        return int(np.argmax(areas)) if areas.any() else len(areas) // 2
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+
+def _mask(pred: np.ndarray, t: int) -> np.ndarray:
+    """The mask (D, H, W) of one task, from task numbers (D, H, W) or masks (T, D, H, W)."""
+    return pred == t + 1 if pred.ndim == 3 else pred[t] > 0
+
+
+def _fullest_slice(pred: np.ndarray) -> int:
+    """The slice with the most foreground; the middle one of an empty prediction."""
+    areas = [np.count_nonzero(plane.any(axis=0)) for plane in np.moveaxis(pred.reshape(-1, *pred.shape[-3:]), 1, 0)]
+    return int(np.argmax(areas)) if any(areas) else len(areas) // 2
 
 
 def _name(data: Mapping[Hashable, Any]) -> str:

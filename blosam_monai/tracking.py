@@ -156,7 +156,8 @@ class BilevelMLFlowHandler(MLFlowHandler):
         return self.client.create_run(self.experiment.experiment_id, run_name=name)
 
     def _default_iteration_log(self, engine: Engine) -> None:
-        first = engine.state.output[0] if isinstance(engine.state.output, list) else engine.state.output
+        output = engine.state.output
+        first = output if isinstance(output, dict) else (output or [{}])[0]  # of a case that failed there is none
         metrics = {name: float(first[name]) for name in self.NUMBERS if name in first}
         self._log_metrics(metrics | self._rates, engine.state.iteration)
 

@@ -1,18 +1,25 @@
 """What a user gets wrong: one line with the file or argument, the finding and the remedy, and nothing left behind."""
 
+import contextlib
+import io
 import json
 import logging
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
+import nibabel
 import numpy as np
+import pydicom
 import pytest
+import SimpleITK
 import torch
 from PIL import Image
 
 from blosam_monai.__main__ import main
 from blosam_monai.data.readers import list_cases, read_label
+from tests.data.dicom_files import write_series
 
 FAST = ["--image_size", "64", "--max_epochs", "1"]
 
@@ -333,6 +340,180 @@ def test_a_bad_option_stops_a_prediction(model, films, tmp_path, refused, option
     assert not (tmp_path / "out").exists()
 
 
+# Thirty kinds in one folder
+
+
+def text_as(name):
+    return lambda folder: (folder / name).write_text("a report, not an image")
+
+
+def cut(name, write):
+    """A file of which the first 40 percent are left."""
+
+    def make(folder):
+        write(folder / name)
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) * 2 // 5])
+
+    return make
+
+
+def noise(*shape, dtype=np.int16):
+    return np.random.default_rng(0).integers(0, 250, shape).astype(dtype)
+
+
+def save_picture(path, values=None, **how):
+    Image.fromarray(noise(24, 32, dtype=np.uint8) if values is None else values).save(path, **how)
+
+
+def pages(name, *values):
+    first, *others = [Image.fromarray(page) for page in values]
+    return lambda folder: first.save(folder / name, save_all=True, append_images=others)
+
+
+def save_nifti(path, values=None):
+    nibabel.save(nibabel.Nifti1Image(noise(8, 8, 4) if values is None else values, np.eye(4)), path)
+
+
+def save_itk(path, values, **how):
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(values, **how), str(path))
+
+
+def series(name, values=None, *, spoil=None, **how):
+    """A folder with a series; ``spoil`` changes its third file."""
+
+    def make(folder):
+        paths = write_series(folder / name, noise(5, 8, 8) if values is None else values, **how)
+        if spoil is not None:
+            header = pydicom.dcmread(paths[2])
+            spoil(header)
+            header.save_as(paths[2])
+
+    return make
+
+
+def cut_slice(folder):
+    path = write_series(folder / "cut_slice", noise(5, 8, 8))[2]
+    path.write_bytes(path.read_bytes()[:-64])
+
+
+def two_series(folder):
+    for letter in "ab":
+        write_series(folder / "two_series", noise(3, 8, 8), names=[f"{letter}{d}" for d in range(3)])
+
+
+def no_pixels(header):
+    del header.PixelData
+
+
+def turned(header):
+    header.ImageOrientationPatient = [0, 1, 0, 0, 0, -1]
+
+
+def wider(header):
+    header.PixelSpacing = [3, 3]
+
+
+def localiser(header):
+    header.Rows, header.PixelData = 4, header.PixelData[:64]
+
+
+RGB24 = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
+# name of the case -> what makes it in a folder, and what is said of it
+THIRTY_KINDS = {
+    "empty.png": (lambda folder: (folder / "empty.png").write_bytes(b""), "cannot be read as a picture"),
+    "report.jpg": (text_as("report.jpg"), "cannot be read as a picture"),
+    "cut_off.png": (cut("cut_off.png", save_picture), "cannot be read as a picture"),
+    "cut_jpeg.jpg": (cut("cut_jpeg.jpg", save_picture), "cannot be read as a picture"),
+    "cut_page.tif": (cut("cut_page.tif", save_picture), "cannot be read as a picture"),
+    "black.png": (
+        lambda folder: save_picture(folder / "black.png", np.zeros((24, 32), np.uint8)),
+        "every pixel has the same value",
+    ),
+    "nan.tif": (lambda folder: save_picture(folder / "nan.tif", np.full((8, 8), np.nan, np.float32)), "holds NaN"),
+    "film.gif": (pages("film.gif", noise(8, 8, dtype=np.uint8), noise(8, 8, dtype=np.uint8).T), "has 2 pages; save"),
+    "pages.tif": (
+        pages("pages.tif", noise(8, 8, dtype=np.uint8), noise(8, 9, dtype=np.uint8)),
+        "has 2 pages of different kinds",
+    ),
+    "report_1.nii": (text_as("report_1.nii"), "cannot be read as NIfTI"),
+    "cut_volume.nii.gz": (cut("cut_volume.nii.gz", save_nifti), "cannot be read as NIfTI"),
+    "four.nii": (
+        lambda folder: save_nifti(folder / "four.nii", noise(8, 8, 4, 2)),
+        r"has shape \(8, 8, 4, 2\), a series of volumes",
+    ),
+    "complex.nii": (
+        lambda folder: save_nifti(folder / "complex.nii", np.ones((4, 4, 4), np.complex64)),
+        "holds complex numbers",
+    ),
+    "rgb.nii.gz": (lambda folder: save_nifti(folder / "rgb.nii.gz", np.zeros((4, 4, 4), RGB24)), "is an RGB24 NIfTI"),
+    "flat_volume.nii": (
+        lambda folder: save_nifti(folder / "flat_volume.nii", np.ones((4, 4, 4), np.int16)),
+        "every voxel has the same value",
+    ),
+    "report_2.nrrd": (text_as("report_2.nrrd"), "cannot be read"),
+    "vectors.mha": (
+        lambda folder: save_itk(folder / "vectors.mha", noise(4, 8, 8, 2), isVector=True),
+        "channels",
+    ),
+    "two_series": (two_series, "holds 2 series.* choose one with series=UID"),
+    "missing": (series("missing", drop=[2]), "allowing missing_slices"),
+    "doubled": (series("doubled", offsets=(0, 2, 2, 4, 6)), "allowing duplicate_positions"),
+    "uneven": (series("uneven", offsets=(0, 2, 4.7, 6, 8)), "allowing uneven_spacing"),
+    "tilted": (series("tilted", tilt=0.6), "allowing gantry_tilt"),
+    "cut_slice": (cut_slice, r"slice_002\.dcm: .*copy"),
+    "no_pixels": (series("no_pixels", spoil=no_pixels), r"slice_002\.dcm: holds no pixels"),
+    "turned": (series("turned", spoil=turned), r"slice_002\.dcm has directions .* move localisers"),
+    "wider": (series("wider", spoil=wider), r"slice_002\.dcm has pixel spacing .* move localisers"),
+    "localiser": (
+        series("localiser", spoil=localiser),
+        r"slice_002\.dcm has rows x columns \(4, 8\), .* move localisers",
+    ),
+    "nowhere": (series("nowhere", elements={"ImagePositionPatient": None}), "no ImagePositionPatient to stack them by"),
+    "no_spacing": (series("no_spacing", elements={"PixelSpacing": None}), "no orientation or PixelSpacing; repair"),
+    "crooked": (
+        series("crooked", elements={"ImageOrientationPatient": [1, 0, 0, 1, 0, 0]}),
+        "ImageOrientationPatient is .*; repair the header",
+    ),
+    "one_value": (series("one_value", np.ones((5, 8, 8), np.int16)), "every pixel has the same value"),
+    "deep_colours": (
+        series("deep_colours", noise(3, 8, 8, 3, dtype=np.uint16), photometric="RGB"),
+        "colours have 16 bits, not 8",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def told(model, tmp_path_factory) -> tuple[list[str], Path]:
+    """One folder of all these and one good picture, segmented in one run: its lines on stderr, and its output."""
+    folder = tmp_path_factory.mktemp("kinds")
+    for make, _ in THIRTY_KINDS.values():
+        make(folder)
+    save_picture(folder / "good.png")
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error):
+        assert (
+            main(["predict", "--model", str(model), "--input", str(folder), "--output_dir", str(folder / "out")]) == 1
+        )
+    return error.getvalue().splitlines(), folder / "out"
+
+
+@pytest.mark.parametrize("name", THIRTY_KINDS)
+def test_each_of_thirty_kinds_of_bad_input_is_refused_in_one_line_of_one_run(told, name):
+    (line,) = [line for line in told[0] if f"/kinds0/{name}" in line]
+    assert re.search(rf"/kinds0/{re.escape(name)}(/\S+)?: ", line)
+    assert re.search(THIRTY_KINDS[name][1], line)
+
+
+def test_thirty_bad_cases_stop_no_good_one(told):
+    lines, output_dir = told
+    assert len(THIRTY_KINDS) >= 30
+    assert lines[-1].startswith(f"blosam: {len(THIRTY_KINDS)} of {len(THIRTY_KINDS) + 1} cases failed")
+    assert read_label(output_dir / "good.png").shape == (1, 24, 32)
+    statuses = [json.loads(line)["status"] for line in (output_dir / "manifest.jsonl").read_text().splitlines()]
+    assert Counter(statuses) == {"failed": len(THIRTY_KINDS), "done": 1}
+
+
 # Evaluating
 
 
@@ -355,11 +536,19 @@ def test_an_unknown_section_is_refused(model, data, tmp_path, refused):
 
 def test_a_truncated_test_image_is_named_and_the_others_are_scored(model, data, tmp_path, refused):
     name = cut_off(support(data, "image", "testing")).name
-    said = refused(*evaluate(model, data, tmp_path / "out"), "--use_mlflow", "false")
+    said = refused(*evaluate(model, data, tmp_path / "out"))
     assert re.search(rf"{name}: cannot be read as a picture", said)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["scores"]["testing"]["lung"]["cases"] == 3
     assert summary["settings"]["failed_cases"] == 1
+
+
+def test_where_every_test_image_fails_nothing_is_scored(model, data, tmp_path, refused):
+    for item in read_list(data)["testing"]:
+        cut_off(data / item["image"])
+    said = refused(*evaluate(model, data, tmp_path / "out"))
+    assert said.splitlines()[-1].startswith("blosam: 4 of 4 cases failed")
+    assert not list((tmp_path / "out").glob("cases.*"))
 
 
 # Making a list

@@ -105,7 +105,7 @@ def test_doctor_counts_the_encoded_images_and_clears_them(capsys, monkeypatch, t
     for number in range(3):
         cache.put(EmbeddingCache.key({"number": number}), torch.zeros(250))  # 1000 bytes and a header
     assert main(["doctor"]) == 0
-    assert "encoded images: 3, 0.0 MB of at most 11 GB" in capsys.readouterr().out
+    assert "encoded images: 3, 0.0 MiB of at most 10 GiB" in capsys.readouterr().out
     assert main(["doctor", "--clear_cache", "true"]) == 0
     assert "encoded images: 3 removed" in capsys.readouterr().out
     assert cache.stats() == (0, 0)

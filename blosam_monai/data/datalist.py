@@ -24,8 +24,9 @@ from blosam_monai.data.geometry import SLICE_AXES, Value
 from blosam_monai.data.pairing import SECTIONS, parse_item, read_json
 from blosam_monai.data.readers import LABEL_CODINGS, case_stem, dicom, pictures
 from blosam_monai.data.supports import Case, Item, draw_halves, pick_slices, share, split_halves, survey
-from blosam_monai.data.tasks import Labels, check_values, parse_labels, task_values
+from blosam_monai.data.tasks import check_values, parse_labels, task_values
 from blosam_monai.data.windows import check_window
+from blosam_monai.data.writers.dicom_seg import check_codes
 from blosam_monai.files import PathLike, atomic, content_sha256
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ def parse_datalist(path: PathLike) -> dict[str, Any]:
     if content["label_coding"] not in LABEL_CODINGS:
         raise ValueError(f"{path}: label_coding {content['label_coding']!r} is not one of {', '.join(LABEL_CODINGS)}.")
     check_values(content["labels"], content["label_coding"])
-    _check_snomed(content.get("snomed", {}), content["labels"])
+    check_codes(task_values(content["labels"]), content.get("snomed", {}))
     dicom.check_flaws(content["allow"])
     check_window(content.get("window"))
     for section in (*SECTIONS, "training"):
@@ -163,7 +164,7 @@ def make_datalist(
     if slices_per_volume < 1:
         raise ValueError(f"slices_per_volume: {slices_per_volume} is too few; at least 1 is needed.")
     check_values(labels, label_coding)
-    _check_snomed(snomed or {}, labels)
+    check_codes(task_values(labels), snomed or {})
     dicom.check_flaws(allow)
     check_window(window)
     values = task_values(labels)
@@ -306,16 +307,6 @@ def _check_axis(content: dict[str, Any], path: PathLike) -> None:
     sliced = any("slice" in item for section in (*SECTIONS, "training") for item in content[section])
     if (axis is not None or sliced) and axis not in SLICE_AXES:
         raise ValueError(f"{path}: slice_axis is {axis!r}; write one of {', '.join(SLICE_AXES)}.")
-
-
-def _check_snomed(snomed: Any, labels: Labels) -> None:
-    """Codes are of the list's tasks, each with its meaning."""
-    tasks = task_values(labels)
-    for task, code in snomed.items():
-        if task not in tasks:
-            raise ValueError(f"snomed: {task} is not among the labels {', '.join(tasks)}.")
-        if not (isinstance(code, (list, tuple)) and len(code) == 2 and all(c and isinstance(c, str) for c in code)):
-            raise ValueError(f'snomed: {task} is {code!r}; write code and meaning, as ["10200004", "Liver"].')
 
 
 def _check_enough(cases: Sequence[Case], usable: Sequence[int], n_shot: int, support: str | None) -> None:

@@ -537,8 +537,8 @@ def test_a_list_of_slices_drawn_again_keeps_the_slices(volumes):
         (lambda c: c.update(slice_axis="oblique"), "slice_axis is 'oblique'; write one of axial"),
         (lambda c: c.update(allow=["tilt"]), "allow: 'tilt' is not one of missing_slices"),
         (lambda c: c.update(window=[3, 1]), r"window: \[3, 1\] is not"),
-        (lambda c: c.update(snomed={"liver": ["1", "Liver"]}), "snomed: liver is not among the labels lung, heart"),
-        (lambda c: c.update(snomed={"lung": "39607008"}), "snomed: lung is '39607008'; write code and meaning"),
+        (lambda c: c.update(snomed={"liver": ["1", "Liver"]}), "snomed: .liver. is no task; the tasks are lung, heart"),
+        (lambda c: c.update(snomed={"lung": "39607008"}), "snomed: lung has .39607008.; write"),
         (lambda c: c["labels"].update(lung="Lung"), "labels: lung is 'Lung', the values of label_coding 'index' are"),
     ],
 )

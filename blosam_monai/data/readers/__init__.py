@@ -93,6 +93,9 @@ def list_cases(path: PathLike) -> dict[Path, str]:
         cases = sorted(Path(series.files[0]) for series in held) if films else [path]
     else:
         folders = dicom.list_folders(path)
+        loose = [p for p in files if p not in cases and dicom.is_dicom(p)]
+        if loose:
+            raise ValueError(f"{path}: holds DICOM files, as {loose[0].name}, beside other images; give each a folder.")
     if not cases and not folders:
         known = " ".join((*pictures.SUFFIXES, *volumes.SUFFIXES))
         raise ValueError(f"{path}: holds no image ({known}, DICOM).")

@@ -312,8 +312,8 @@ def _choose(path: Path, held: dict[str, list[tuple[Path, Dataset]]], series: str
         return held[series]
     listed = "; ".join(str(_describe(uid, headers)) for uid, headers in held.items())
     if series is None:
-        raise ValueError(f"{path}: holds {len(held)} series, choose one with series=UID: {listed}.")
-    raise ValueError(f"{path}: holds no series {series}, but {listed}.")
+        raise ValueError(f"{path}: holds {len(held)} series: {listed} ; choose one with series=UID.")
+    raise ValueError(f"{path}: holds no series {series} , but {listed} ; choose one of these.")
 
 
 # ---- what a header says ---------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ extra, since reading needs none of it: ``pip install blosam_monai[dicom]``.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from pydicom.uid import generate_uid
 
 from blosam_monai import __version__
 from blosam_monai.data.geometry import Image
-from blosam_monai.data.readers.dicom import is_dicom, read_headers
+from blosam_monai.data.readers.dicom import is_dicom, quietly, read_headers
 from blosam_monai.data.writers.pictures import COLOURS
 from blosam_monai.files import PathLike, atomic
 
@@ -47,23 +47,35 @@ _MAY_BE_EMPTY = (
 )
 
 
-def check_dicom_seg(tasks: Iterable[str], *, snomed: Codes | None = None) -> None:
+@quietly()
+def check_dicom_seg(tasks: Collection[str], *, snomed: Codes | None = None, image: Image | None = None) -> None:
     """See before a long prediction whether its tasks can be written as DICOM SEG.
 
     Args:
         tasks: names, which become segment labels.
         snomed: SNOMED CT codes by task, see ``write_dicom_seg``.
+        image: the image that it would refer to.
 
     Raises:
         ImportError: highdicom is not installed.
-        ValueError: names or codes that DICOM cannot hold, or codes of no task.
+        ValueError: names or codes that DICOM cannot hold, codes of no task, or an image that no SEG can refer to.
     """
     _highdicom()
-    tasks = list(tasks)
     for task in tasks:
         if not 0 < len(task.strip()) <= LONG_STRING or "\\" in task:
             raise ValueError(f"labels: {task!r} cannot be a DICOM label; use 1 to {LONG_STRING} characters without \\.")
-    for task, codes in (snomed or {}).items():
+    check_codes(tasks, snomed or {})
+    if image is not None:
+        _sources(image)
+
+
+def check_codes(tasks: Collection[str], snomed: Codes) -> None:
+    """Codes are of tasks, and of a form that DICOM can hold.
+
+    Raises:
+        ValueError: codes of no task, or of another form.
+    """
+    for task, codes in snomed.items():
         if task not in tasks:
             raise ValueError(f"snomed: {task!r} is no task; the tasks are {', '.join(tasks)}.")
         pairs = isinstance(codes, (list, tuple)) and len(codes) in (2, 4) and all(isinstance(c, str) for c in codes)
@@ -84,7 +96,8 @@ def write_dicom_seg(
 
     Args:
         path: the file to write.
-        masks: name -> (D, H, W) bool, on the image's grid, slices in its order; they may overlap.
+        masks: name -> (D, H, W) bool, on the image's grid, slices in its order; they may overlap. Taken one after
+            another, so that a mapping may make each when asked for.
         image: as read from a DICOM series or file.
         snomed: SNOMED CT codes by name: (code, meaning) of an anatomical structure, as ("10200004", "Liver"), or
             (code, meaning, category code, category meaning), as ("108369006", "Neoplasm", "49755003", "Morphologically
@@ -95,11 +108,8 @@ def write_dicom_seg(
         ValueError: names or codes that DICOM cannot hold, masks of another shape, or an image that no SEG can refer to.
     """
     check_dicom_seg(masks, snomed=snomed)
-    for name, mask in masks.items():
-        if mask.shape != image.shape:
-            raise ValueError(f"{path}: mask {name} has shape {mask.shape}, its image {image.shape}; invert it first.")
-    pixels = _stack(list(masks.values()))
-    with disable_value_validation():  # odd values of the series are carried over as they are, and not told
+    pixels = _stack(path, masks, image)
+    with disable_value_validation(), quietly():  # odd values of the series, names too, are carried over and not told
         sources, order = _sources(image)
         seg = _build(pixels[order], list(masks), sources, image, snomed or {})
         with atomic(path) as part:
@@ -113,7 +123,7 @@ def _highdicom() -> Any:
         raise ImportError(
             'DICOM SEG is written by highdicom: pip install blosam_monai[dicom], or choose dicom_output=["nifti"]'
         ) from error
-    logging.getLogger("highdicom").setLevel(logging.WARNING)  # it tells the instances' UIDs at INFO
+    logging.getLogger("highdicom").setLevel(logging.ERROR)  # it tells UIDs at INFO, and warns of empty masks
     return highdicom
 
 
@@ -182,14 +192,30 @@ def _share_groups(header: Dataset, image: Image) -> np.ndarray:
     return np.argsort(np.argsort(along))
 
 
-def _stack(masks: Sequence[np.ndarray]) -> np.ndarray:
+class _Layers(np.ndarray):
+    """Masks (D, H, W, T); highdicom takes their sum over T, 64 bits a voxel, to see that they overlap: 16 suffice."""
+
+    def sum(self, axis: Any = None, dtype: Any = np.uint16, **options: Any) -> Any:  # type: ignore[override]
+        return super().sum(axis, dtype, **options)
+
+
+def _stack(path: PathLike, masks: Mapping[str, np.ndarray], image: Image) -> np.ndarray:
     """Masks as (D, H, W) segment numbers, which take least memory; where they overlap, as (D, H, W, T)."""
-    numbers = np.zeros(masks[0].shape, np.uint8 if len(masks) < 256 else np.uint16)
-    for number, mask in enumerate(masks, start=1):
+    numbers = np.zeros(image.shape, np.uint8 if len(masks) < 256 else np.uint16)
+    for number, (name, mask) in enumerate(masks.items(), start=1):
+        if mask.shape != image.shape:
+            raise ValueError(f"{path}: mask {name} has shape {mask.shape}, its image {image.shape}; invert it first.")
         if numbers[mask].any():
-            return np.stack(masks, axis=-1)
+            return _layer(masks, image)
         numbers[mask] = number
     return numbers
+
+
+def _layer(masks: Mapping[str, np.ndarray], image: Image) -> np.ndarray:
+    layers = np.empty((len(masks), *image.shape), bool)
+    for layer, mask in zip(layers, masks.values(), strict=True):
+        layer[:] = mask
+    return np.moveaxis(layers, 0, -1).view(_Layers)  # (D, H, W, T)
 
 
 def _build(pixels: np.ndarray, names: Sequence[str], sources: list[Dataset], image: Image, snomed: Codes) -> Dataset:

@@ -253,7 +253,7 @@ def write_two_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 def test_several_series_are_listed_and_none_is_taken(tmp_path):
     write_two_series(tmp_path)
     listed = (
-        "holds 2 series, choose one with series=UID: 'arterial phase' 6 x 5 x 4 UID 1.2.3; 'venous phase' 7 x 8 x 3"
+        "holds 2 series: 'arterial phase' 6 x 5 x 4 UID 1.2.3; 'venous phase' 7 x 8 x 3"
     )
     with pytest.raises(ValueError, match=listed) as caught:
         read_dicom(tmp_path)
@@ -267,7 +267,7 @@ def test_series_is_chosen_by_its_uid(tmp_path):
 
 def test_series_that_is_not_there_is_refused_with_those_that_are(tmp_path):
     write_two_series(tmp_path)
-    with pytest.raises(ValueError, match=r"holds no series 9\.9, but 'arterial phase' 6 x 5 x 4 UID 1\.2\.3; 'venous"):
+    with pytest.raises(ValueError, match=r"holds no series 9\.9 , but 'arterial phase' 6 x 5 x 4 UID 1\.2\.3; 'venous"):
         read_dicom(tmp_path, series="9.9")
 
 

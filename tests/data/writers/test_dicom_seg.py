@@ -302,6 +302,7 @@ def test_odd_values_of_a_series_are_carried_over_without_a_word(tmp_path, seg, c
         for path in paths:
             dataset = pydicom.dcmread(path)
             dataset.StudyDate, dataset.AccessionNumber = "2026.01.01", "longer than sixteen characters"
+            dataset.PatientName = "JOHNDOE"  # of one component: highdicom would quote it in a warning
             dataset.save_as(path)
     image = read_image(tmp_path / "ct")
     caplog.clear()
