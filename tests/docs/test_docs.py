@@ -15,18 +15,18 @@ PAGES = sorted(page for glob in GLOBS for page in ROOT.glob(glob))
 
 
 def test_every_row_of_differences_names_a_test_that_exists():
-    lines = (ROOT / "docs/explanation/differences.md").read_text().splitlines()
+    lines = (ROOT / "docs/explanation/differences.md").read_text(encoding="utf-8").splitlines()
     rows = [line for line in lines if line.startswith("| ") and "shown by" not in line]
     assert len(rows) > 20
     for row in rows:
         references = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row.split("|")[-2])
         assert references, row
         for file, name in references:
-            assert f"def {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
+            assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{name}"
 
 
 def test_every_key_has_its_row_in_the_reference():
-    rows = set(re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/reference/config.md").read_text(), re.MULTILINE))
+    rows = set(re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/reference/config.md").read_text(encoding="utf-8"), re.MULTILINE))
     assert set(KEYS) <= rows
 
 
