@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from blosam_monai.data.geometry import Image, check_slice_axis, choose_slice_axis, spacing, upright
 from blosam_monai.data.readers import dicom, read_image, read_label
-from blosam_monai.data.tasks import Labels, known_values, task_values
+from blosam_monai.data.tasks import Labels, check_names, known_values, task_values
 from blosam_monai.data.windows import Window, check_window, display_stack
 from blosam_monai.files import content_sha256
 from blosam_monai.networks.sam import PIXEL_MEAN, PIXEL_STD
@@ -69,7 +69,7 @@ class LoadCased(Transform):
         allow: Collection[str] = (),
     ) -> None:
         self.values = task_values(labels, tasks)
-        self.known = known_values(labels)
+        self.labels, self.known = labels, known_values(labels)
         self.coding = label_coding
         self.window, self.neighbours, self.slice_axis = check_window(window), neighbours, slice_axis
         self.series, self.allow = series, tuple(allow)
@@ -110,7 +110,11 @@ class LoadCased(Transform):
         if self.coding == "threshold":
             masks = [label.mask([1])]
         else:
-            if self.coding == "index":  # names that the list leaves out are other structures
+            if isinstance(label.values, Mapping):
+                label = replace(
+                    label, notes=(*label.notes, *check_names(path, list(label.values), self.labels, self.coding))
+                )
+            else:
                 self._check_known(path, label.counts())
             masks = [label.mask(values) for values in self.values.values()]
         chosen = slice(None) if number is None else slice(number, number + 1)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from blosam_monai.data.geometry import Value
+from blosam_monai.files import PathLike
 
 # Name -> value, or values of a union: numbers of an index map, or names of segments, colours or files.
 Labels = Mapping[str, Value | Sequence[Value]]
@@ -45,6 +46,39 @@ def known_values(labels: Labels) -> set[Value]:
     [0, 5, 6, 7]
     """
     return {_plain(v) for value in labels.values() for v in ([value] if isinstance(value, (int, str)) else value)} | {0}
+
+
+def check_names(path: PathLike, described: Collection[Value], labels: Labels, coding: str) -> tuple[str, ...]:
+    """Whether a label with names (segments, colours, files) has those of the list, or a misspelling of them.
+
+    A name may be absent, as of a lesion that a patient does not have; then its mask is empty, which is noted where the
+    label has names that the list does not know.
+
+    Args:
+        path: of the label, for messages.
+        described: the names in it, also of empty masks.
+        labels, coding: the data list's.
+
+    Raises:
+        ValueError: a name that differs from the list's only in capitals or blanks; or, of ``segments``, which name what
+            they leave empty too, none of the list's names.
+    """
+    known = known_values(labels) - {0}
+    missing, strange = known - set(described), {str(name) for name in described} - known
+    spelt = {"".join(name.casefold().split()): name for name in strange}
+    for name in sorted(map(str, missing)):
+        if other := spelt.get("".join(name.casefold().split())):
+            raise ValueError(f"{path}: has {other!r} and no {name!r}; write both names alike, or list both as a union.")
+    if coding == "segments" and strange and missing == known:
+        raise ValueError(
+            f"{path}: has the names {', '.join(sorted(strange))} and none of the data list's labels "
+            f"({', '.join(sorted(map(str, known)))}); correct the list, or leave the case out."
+        )
+    if strange and missing:
+        return (
+            f"{len(missing)} of {len(known)} names of the list are not in the label, which has {len(strange)} others",
+        )
+    return ()
 
 
 def output_values(labels: Labels, tasks: Sequence[str] | None = None) -> dict[str, int]:

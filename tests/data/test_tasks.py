@@ -2,7 +2,7 @@
 
 import pytest
 
-from blosam_monai.data.tasks import check_values, output_values, parse_labels, task_values
+from blosam_monai.data.tasks import check_names, check_values, output_values, parse_labels, task_values
 
 
 @pytest.mark.parametrize("tasks", [["lung", "lung"], ["liver"], [], ["background"]])
@@ -45,3 +45,22 @@ def test_labels_of_another_form_are_refused(labels):
 def test_values_of_another_kind_than_the_coding_are_refused(value, coding, kind):
     with pytest.raises(ValueError, match=f"labels: liver is .*, the values of label_coding '{coding}' are {kind}"):
         check_values({"background": 0, "liver": value}, coding)
+
+
+def test_a_name_spelt_otherwise_is_refused_with_both_spellings():
+    with pytest.raises(ValueError, match=r"p\.dcm: has 'LIVER' and no 'Liver'; write both names alike"):
+        check_names("p.dcm", ["LIVER", "Spleen"], {"liver": "Liver", "spleen": "Spleen"}, "segments")
+
+
+def test_segments_none_of_which_the_list_knows_are_refused_and_colours_noted():
+    with pytest.raises(ValueError, match=r"has the names Kidney and none of the data list's labels \(Liver\)"):
+        check_names("p.dcm", ["Kidney"], {"liver": "Liver"}, "segments")
+    assert check_names("p.png", ["#00ff00"], {"liver": "#ff0000"}, "colour") == (
+        "1 of 1 names of the list are not in the label, which has 1 others",
+    )
+
+
+def test_a_structure_that_a_patient_does_not_have_is_no_fault():
+    labels = {"background": 0, "liver": "Liver", "lesion": "Lesion"}
+    assert check_names("p.dcm", ["Liver"], labels, "segments") == ()
+    assert len(check_names("p.dcm", ["Liver", "Kidney"], labels, "segments")) == 1
