@@ -58,7 +58,7 @@ KEYS = {
     "resume": "go on with the training in output_dir",
     "overwrite": "replace what is in output_dir",
     "use_mlflow": "track the run in MLflow",
-    "log_paths": "let MLflow keep file and subject names",
+    "log_paths": "let MLflow and manifest.jsonl keep names of files and subjects",
     "tracking_uri": "MLflow store (default: SQLite in output_dir)",
     "experiment_name": "MLflow experiment",
     "run_name": "MLflow run (default: method and time)",
@@ -462,8 +462,8 @@ def _doctor(options: argparse.Namespace) -> None:
 
     import torch
 
-    from blosam_monai.data.embedding_cache import EmbeddingCache
-    from blosam_monai.networks.sam import SAM_FILES, cache_dir, embeddings_dir
+    from blosam_monai.data.embedding_cache import open_cache
+    from blosam_monai.networks.sam import SAM_FILES, cache_dir
 
     print(f"blosam_monai {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
     needed = ("torch", "torchvision", "monai", "pytorch-ignite", "mlflow", "segment-anything", "safetensors")
@@ -482,8 +482,10 @@ def _doctor(options: argparse.Namespace) -> None:
         state = "here" if path.is_file() else f"missing; {file.url} ({file.size / 1e6:.0f} MB, SHA-256 {file.sha256})"
         print(f"  {model:<6} {path.name}: {state}")
     print("  tiny   random weights, nothing to fetch")
-    cache = EmbeddingCache(options.cache_dir or embeddings_dir())
-    if options.clear_cache:
+    cache = open_cache(options.cache_dir)
+    if cache is None:
+        print("encoded images: no cache")
+    elif options.clear_cache:
         print(f"encoded images: {cache.clear()} removed from {cache.folder}")
     else:
         entries, size = cache.stats()

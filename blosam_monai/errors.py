@@ -33,9 +33,12 @@ def without_names(text: str, *paths: PathLike) -> str:
     >>> without_names("ct: holds 2 series: 'Thorax of Doe' 512 x 512 x 40 UID 1.2.840.113619.2.1 ; choose one.", "ct")
     "<file>: holds 2 series: '...' 512 x 512 x 40 UID <uid> ; choose one."
     """
-    known = {str(part) for path in paths for part in (Path(path), Path(path).resolve(), Path(path).name)}
-    known |= {Path(path).name.split(".")[0] for path in paths}
-    for name in sorted((name for name in known if len(name) > 1), key=len, reverse=True):
+    known: set[str] = set()
+    for path in (form for given in paths for form in (Path(given), Path(given).resolve())):
+        held = [file for file in path.iterdir() if path.is_dir()] if path.is_dir() else []
+        known |= {str(part) for part in (path, *path.parents, *held)}
+        known |= {name for part in (path, *path.parents, *held) for name in (part.name, part.name.split(".")[0])}
+    for name in sorted((name for name in known if len(name) > 2), key=len, reverse=True):
         text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "<file>", text)
     text = re.sub(r"(<file>)?[^\s'\"(]*[/\\][^\s'\":;,)]*", "<file>", text)
     text = re.sub(r"'(?!<file>')[^']*'", "'...'", text)

@@ -25,6 +25,20 @@ def atomic(path: PathLike) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def check_output_dir(path: PathLike) -> None:
+    """Raise where a folder cannot be written to or made; asked before the work, and nothing is made yet.
+
+    Raises:
+        ValueError: it is a file, or it or its nearest parent is not to be written to.
+    """
+    path = Path(path).absolute()
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not there.is_dir():
+        raise ValueError(f"output_dir: {there} is a file; choose a folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"output_dir: {path} cannot be written to; choose another, or ask for the right to.")
+
+
 def file_sha256(path: PathLike) -> str:
     """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     digest = hashlib.sha256()

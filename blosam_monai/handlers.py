@@ -23,9 +23,10 @@ from blosam_monai.engines.bilevel_trainer import UPPER_LOSS
 from blosam_monai.engines.case_evaluator import FAILED, CaseEvents
 from blosam_monai.errors import one_line, without_names
 from blosam_monai.files import PathLike, atomic, content_sha256
-from blosam_monai.metrics import case_scores, write_table
+from blosam_monai.metrics import TABLES, case_scores, write_table
 from blosam_monai.networks.adapters import save_adapters
 from blosam_monai.networks.prompt_sam import PromptSam
+from blosam_monai.outputs import MANIFEST
 from blosam_monai.transforms import picture_of
 
 logger = logging.getLogger(__name__)
@@ -85,9 +86,11 @@ class CaseTableHandler:
         engine.add_event_handler(Events.COMPLETED, self.write)
 
     def clear(self, engine: Engine) -> None:
-        """Forget the cases of an earlier run of the evaluator."""
+        """Forget the cases of an earlier run; what it wrote goes, lest it be taken for what this one could not."""
         self.rows.clear()
         self._case_of.clear()
+        for path in (*(self.output_dir / name for name in TABLES), *(self.output_dir / "overlays").glob("*.png")):
+            path.unlink(missing_ok=True)
 
     def score(self, engine: Engine) -> None:
         """Score the cases of this iteration; predictions are binary, (T, H, W) or (T, D, H, W)."""
@@ -161,7 +164,7 @@ class ManifestHandler:
     """
 
     def __init__(self, output_dir: PathLike, *, log_paths: bool = False) -> None:
-        self.path, self.log_paths = Path(output_dir) / "manifest.jsonl", log_paths
+        self.path, self.log_paths = Path(output_dir) / MANIFEST, log_paths
 
     def attach(self, engine: Engine) -> None:
         """Attach to a ``CaseEvaluator``."""
@@ -174,11 +177,11 @@ class ManifestHandler:
         line = {
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "number": case.number,
-            "case_id": case_id(case.given) if Path(paths[0]).exists() else None,
+            "case_id": self._identify(case.given),
             "status": case.status,
             "seconds": round(case.seconds, 3),
             "outputs": [
-                {"content": output.content, "format": output.format, "task": output.task}
+                {"content": output.content, "format": output.format, "task": output.task, "name_id": output.name_id}
                 | ({"path": str(output.path)} if self.log_paths else {})
                 for output in case.outputs
             ],
@@ -186,9 +189,19 @@ class ManifestHandler:
         }
         if case.error is not None:
             text = one_line(case.error)
-            line["error"] = text if self.log_paths else without_names(text, *paths)
+            line["error"] = text if self.log_paths else without_names(text, *paths, self.path.parent)
         if self.log_paths:
             line["image"] = str(paths[0])
+        self._add(line)
+
+    def _identify(self, given: Mapping[str, Any]) -> str | None:
+        """The case's hash; None where its file cannot be read, which is why the case has failed."""
+        try:
+            return case_id(given)
+        except OSError:
+            return None
+
+    def _add(self, line: Mapping[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a+b") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 1))

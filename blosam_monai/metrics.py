@@ -31,6 +31,7 @@ from torch import Tensor
 from blosam_monai.files import PathLike, atomic
 
 SCORES = ("dice", "iou", "hd95", "nsd", "volume_error_ml")  # those a summary speaks of
+TABLES = ("cases.csv", "cases.json", "summary.json")
 RESAMPLES = 2000  # of subjects; Efron and Tibshirani 1993 ask for 1000 or more where the ends of an interval matter
 INTERVAL = (2.5, 97.5)  # percentiles of the resampled means: 95 %
 ROUNDING = 1e-5  # of a distance: headers hold spacings in float32, and a surface just at the tolerance is within it
@@ -91,10 +92,11 @@ def write_table(folder: PathLike, rows: Sequence[Mapping[str, Any]], settings: M
 
     What is not a number is ``nan`` in the CSV, ``null`` in the JSON, NaN in the scores returned.
     """
-    write_rows(Path(folder) / "cases.csv", rows)
-    _write_json(Path(folder) / "cases.json", list(rows))
+    table, entries, summary = (Path(folder) / name for name in TABLES)
+    write_rows(table, rows)
+    _write_json(entries, list(rows))
     scores = summarise(rows)
-    _write_json(Path(folder) / "summary.json", {"scores": scores, "settings": settings})
+    _write_json(summary, {"scores": scores, "settings": settings})
     return scores
 
 

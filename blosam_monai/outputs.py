@@ -6,8 +6,12 @@ series a DICOM SEG and a NIfTI.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +25,10 @@ from blosam_monai.data.tasks import Labels, output_values, task_values
 from blosam_monai.data.writers.dicom_seg import check_dicom_seg, write_dicom_seg
 from blosam_monai.data.writers.nifti import write_nifti
 from blosam_monai.data.writers.pictures import write_label, write_overlay, write_probability
-from blosam_monai.files import PathLike
+from blosam_monai.files import PathLike, content_sha256
 from blosam_monai.transforms import MERGE_RULES, picture_of
 
+MANIFEST = "manifest.jsonl"
 DICOM_OUTPUTS = ("seg", "nifti")
 _SUFFIX = {"picture": ".png", "pages": ".tif", "nifti": ".nii.gz", "seg": ".seg.dcm"}
 
@@ -35,6 +40,11 @@ class Output(NamedTuple):
     format: str
     task: str | None
     path: Path
+
+    @property
+    def name_id(self) -> str:
+        """What the manifest calls the file: 12 digits of the SHA-256 of its name, which may be a patient's."""
+        return hashlib.sha256(self.path.name.encode()).hexdigest()[:12]
 
 
 class ResultExistsError(FileExistsError):
@@ -52,7 +62,11 @@ class PlanOutputd(Transform):
         probabilities: also a map of probabilities a task.
         dicom_output: what a DICOM series becomes: ``seg``, ``nifti`` or both.
         snomed: task -> (code, meaning) for DICOM SEG, see ``write_dicom_seg``.
+        overlays: also the slice with the most foreground as a picture, tinted, in the subfolder ``overlays``.
         overwrite: replace existing files.
+
+    Raises:
+        ValueError: an unknown option, or tasks whose files would have one name.
     """
 
     def __init__(
@@ -64,6 +78,7 @@ class PlanOutputd(Transform):
         probabilities: bool = False,
         dicom_output: Collection[str] = DICOM_OUTPUTS,
         snomed: Mapping[str, Sequence[str]] | None = None,
+        overlays: bool = True,
         overwrite: bool = False,
     ) -> None:
         if merge not in MERGE_RULES:
@@ -71,26 +86,53 @@ class PlanOutputd(Transform):
         self.dicom_output = [dicom_output] if isinstance(dicom_output, str) else list(dicom_output)
         if not self.dicom_output or set(self.dicom_output) - set(DICOM_OUTPUTS):
             raise ValueError(f"dicom_output: {dicom_output!r} is not a list of {', '.join(DICOM_OUTPUTS)}.")
+        plain = [_plain(task).casefold() for task in tasks]  # some disks do not tell Lung from lung
+        if len(set(plain)) < len(plain):
+            raise ValueError(f"tasks: {', '.join(tasks)} would give files of one name; rename a label.")
         self.output_dir, self.tasks, self.merge = Path(output_dir), list(tasks), merge
-        self.probabilities, self.snomed, self.overwrite = probabilities, snomed or {}, overwrite
+        self.probabilities, self.snomed, self.overlays = probabilities, snomed or {}, overlays
+        self.overwrite = overwrite
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Plan one item.
 
         Raises:
             ResultExistsError: all files are there and stay.
-            ValueError: the output would replace the input, or a DICOM SEG cannot be written.
+            ValueError: the output would lie among the images, a DICOM SEG cannot be written, or what is there is the
+                result of another image.
         """
-        outputs = list(self._outputs(data["grid"], _name(data)))
-        if any(output.path.resolve() == Path(data["source"]).resolve() for output in outputs):
+        source, grid = Path(data["source"]), data["grid"]
+        folder = (source if source.is_dir() else source.parent).resolve()
+        if folder in (self.output_dir.resolve(), *(self.output_dir.resolve().parents if source.is_dir() else ())):
             raise ValueError(f"output_dir: {self.output_dir} is the folder of the images; choose another.")
+        outputs = list(self._outputs(grid, _name(data)))
         if any(output.format == "seg" for output in outputs):
-            check_dicom_seg(self.tasks, snomed=self.snomed, image=data["grid"])
+            check_dicom_seg(self.tasks, snomed=self.snomed, image=grid)
+        notes = data.get("notes", ())
+        if grid.files and grid.affine is None:
+            notes = (*notes, "a DICOM image without geometry: the result is a picture")
         if not self.overwrite:
-            outputs = [output for output in outputs if not output.path.exists()]
+            outputs = [output for output in outputs if not self._is_there(output, source)]
             if not outputs:
-                raise ResultExistsError(f"{data['source']}: has its result already; add overwrite=true to replace it.")
-        return dict(data) | {"outputs": outputs}
+                raise ResultExistsError(f"{source}: has its result already; add overwrite=true to replace it.")
+        return dict(data) | {"outputs": outputs, "written": [], "notes": notes}
+
+    @cached_property
+    def _made_from(self) -> dict[str, str]:
+        """Of earlier runs; this one gives no name twice."""
+        return sources_by_name(self.output_dir)
+
+    def _is_there(self, output: Output, source: Path) -> bool:
+        """Whether a file is there and of this image, as far as the manifest knows."""
+        if not output.path.exists() or not output.path.stat().st_size:
+            return False
+        made_from = self._made_from.get(output.name_id)
+        if made_from not in (None, content_sha256(source)[:12]):
+            raise ValueError(
+                f"{output.path}: is the result of another image of the same name; choose another output_dir, or add "
+                "overwrite=true to replace it."
+            )
+        return True
 
     def _outputs(self, grid: Image, stem: str) -> Any:
         formats = ["pages" if grid.shape[0] > 1 else "picture"]
@@ -105,34 +147,42 @@ class PlanOutputd(Transform):
         for task in self.tasks if self.probabilities else []:
             path = self.output_dir / f"{stem}_{_plain(task)}_probability{_SUFFIX[form]}"
             yield Output("probability", form, task, path)
+        if self.overlays:
+            yield Output("overlay", "picture", None, self.output_dir / "overlays" / f"{stem}.png")
+
+
+def sources_by_name(output_dir: PathLike) -> dict[str, str]:
+    """``Output.name_id`` -> ``case_id`` of the image that a manifest says it was made from."""
+    known: dict[str, str] = {}
+    path = Path(output_dir) / MANIFEST
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with suppress(json.JSONDecodeError):  # a line that a killed run tore
+            case = json.loads(line)
+            known |= {output["name_id"]: case["case_id"] for output in case["outputs"] if case["case_id"]}
+    return known
 
 
 class SavePredictiond(MapTransform):
-    """Write an item's ``outputs`` from its prediction, each file whole or not at all.
+    """Write an item's ``outputs`` from its prediction, each file whole or not at all; ``written`` says which are done.
 
     Args:
-        output_dir: overlays go to its subfolder ``overlays``.
         labels, tasks: see ``task_values``.
         snomed: see ``PlanOutputd``.
-        overlays: also write the slice with the most foreground, tinted.
     """
 
     def __init__(
         self,
-        output_dir: PathLike,
         labels: Labels,
         tasks: Sequence[str] | None = None,
         *,
         snomed: Mapping[str, Sequence[str]] | None = None,
-        overlays: bool = True,
         keys: KeysCollection = "pred",
     ) -> None:
         super().__init__(keys)
-        self.output_dir = Path(output_dir)
         self.tasks = list(task_values(labels, tasks))
         numbers = [0, *output_values(labels, self.tasks).values()]
         self.table = np.array(numbers, np.uint8 if max(numbers) < 256 else np.uint16)
-        self.snomed, self.overlays = snomed or {}, overlays
+        self.snomed = snomed or {}
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Write one item: task numbers (D, H, W) or masks (T, D, H, W); probabilities are of its ``logits``."""
@@ -141,15 +191,17 @@ class SavePredictiond(MapTransform):
             if output.format == "seg":
                 by_task = _Masks(pred, self.tasks, data["orientation"])
                 write_dicom_seg(output.path, by_task, data["grid"], snomed=self.snomed)
+            elif output.content == "overlay":
+                self._draw(output, pred, data)
             else:
                 self._write(output, self._values(output, pred, data), data)
-        if self.overlays:
-            stem = _name(data)
-            shown = _fullest_slice(pred)
-            picture = picture_of(data["image"][:, shown]).numpy()
-            masks = np.concatenate([_mask(pred[..., [shown], :, :], t) for t in range(len(self.tasks))])  # (T, H, W)
-            write_overlay(self.output_dir / "overlays" / f"{stem}.png", picture, masks)
+            data["written"].append(output)
         return dict(data)
+
+    def _draw(self, output: Output, pred: np.ndarray, data: Mapping[Hashable, Any]) -> None:
+        shown = _fullest_slice(pred)
+        masks = np.concatenate([_mask(pred[..., [shown], :, :], t) for t in range(len(self.tasks))])  # (T, H, W)
+        write_overlay(output.path, picture_of(data["image"][:, shown]).numpy(), masks)
 
     def _values(self, output: Output, pred: np.ndarray, data: Mapping[Hashable, Any]) -> np.ndarray:
         """What one file holds, (D, H, W)."""

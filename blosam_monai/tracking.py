@@ -124,8 +124,9 @@ class BilevelMLFlowHandler(MLFlowHandler):
         ``options.json``, the values they ran with (``monai.bundle run --config_file ... --args_file options.json``).
         Unless the option ``log_paths`` is set, no name of a file, subject or folder is among them.
         """
-        scores = json.loads((Path(output_dir) / "summary.json").read_text(encoding="utf-8"))["scores"]
-        for section, by_task in scores.items():
+        summary = json.loads((Path(output_dir) / "summary.json").read_text(encoding="utf-8"))
+        self._log_metrics({"failed_cases": summary["settings"]["failed_cases"]})
+        for section, by_task in summary["scores"].items():
             for task, numbers in by_task.items():
                 known = {name: value for name, value in numbers.items() if value is not None}  # else no case has it
                 self._log_metrics({f"{section}_{name}/{task}": value for name, value in known.items()})

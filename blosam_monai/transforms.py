@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from blosam_monai.data.geometry import Image, check_slice_axis, choose_slice_axis, spacing, upright
 from blosam_monai.data.readers import dicom, read_image, read_label
 from blosam_monai.data.tasks import Labels, check_names, known_values, task_values
-from blosam_monai.data.windows import Window, check_window, display_stack
+from blosam_monai.data.windows import Window, check_window, display_stack, window_channels
 from blosam_monai.files import content_sha256
 from blosam_monai.networks.sam import PIXEL_MEAN, PIXEL_STD
 
@@ -50,6 +50,7 @@ class LoadCased(Transform):
         label_coding: see ``read_label``.
         window, neighbours: see ``data.windows``.
         slice_axis: ``axial``, ``coronal`` or ``sagittal``; None: as the volume was acquired.
+        counted_along: axis along which the items count their ``slice``; default: ``slice_axis``.
         series, allow: see ``read_image``; an item's own ``series`` comes first.
 
     Raises:
@@ -65,6 +66,7 @@ class LoadCased(Transform):
         window: Window = None,
         neighbours: int = 0,
         slice_axis: str | None = None,
+        counted_along: str | None = None,
         series: str | None = None,
         allow: Collection[str] = (),
     ) -> None:
@@ -72,7 +74,10 @@ class LoadCased(Transform):
         self.labels, self.known = labels, known_values(labels)
         self.coding = label_coding
         self.window, self.neighbours, self.slice_axis = check_window(window), neighbours, slice_axis
-        self.series, self.allow = series, tuple(allow)
+        self.series, self.allow = series, (allow,) if isinstance(allow, str) else tuple(allow)
+        if neighbours and window_channels(window) == 3:
+            raise ValueError(f"neighbours: {neighbours} asked for beside three windows; an image has three channels.")
+        self.counted_along = counted_along or slice_axis
         dicom.check_flaws(self.allow)
         if slice_axis is not None:
             check_slice_axis(slice_axis)
@@ -86,6 +91,10 @@ class LoadCased(Transform):
         image = read_image(item["image"], series=item.get("series", self.series), allow=self.allow)
         slice_axis = self.slice_axis or choose_slice_axis(image)
         orientation, number = upright(image, slice_axis), item.get("slice")
+        if number is not None and self.counted_along not in (None, slice_axis):
+            raise ValueError(
+                f"slice_axis: {slice_axis} asked for, the slices of the list are {self.counted_along}; leave it out."
+            )
         stack = display_stack(image, orientation, self.window, neighbours=self.neighbours, number=number)
         sizes = spacing(image.affine)
         notes = image.notes
@@ -351,7 +360,7 @@ class CleanTasksd(MapTransform):
             whole = pred[t] if pred.ndim == 4 else pred
             box = whole[_bounding_box(whole == number)]
             before = box == number
-            after = change(before[0])[None] if len(before) == 1 else change(before)  # one slice has holes in its plane
+            after = change(before[0])[None] if len(whole) == 1 else change(before)  # one slice has holes in its plane
             box[before & ~after] = 0
             box[after & (box == 0)] = number
         return dict(data)

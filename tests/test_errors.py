@@ -23,6 +23,18 @@ def test_a_fault_that_is_none_of_the_users_has_its_kind():
     assert one_line(MemoryError()) == "MemoryError: "
 
 
+def test_no_name_of_a_file_of_the_series_or_of_the_folder_of_results_is_left(tmp_path):
+    series = tmp_path / "Doe_Mary Ann" / "CT"
+    series.mkdir(parents=True)
+    (series / "Doe Mary 3.dcm").touch()
+    (series / "IM_Doe_2").touch()
+    text = f"{series}: Doe Mary 3.dcm has directions [1, 0], IM_Doe_2 [0, 1]; see {series / 'Doe Mary 3.dcm'}; CT alone"
+    cleaned = without_names(text, series, tmp_path / "out_Doe")
+    assert "Doe" not in cleaned
+    assert "has directions [1, 0]" in cleaned
+    assert "Doe" not in without_names("output_dir: out_Doe is the folder of the images", series, tmp_path / "out_Doe")
+
+
 @pytest.mark.parametrize(
     ("text", "paths"),
     [

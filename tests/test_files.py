@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from blosam_monai.files import atomic, content_sha256, file_sha256
+from blosam_monai.files import atomic, check_output_dir, content_sha256, file_sha256
 
 
 def write_half(path: Path) -> None:
@@ -82,3 +82,14 @@ def test_the_content_of_a_file_is_the_file(series):
 def test_a_path_with_nothing_there_has_no_hash(tmp_path):
     with pytest.raises(FileNotFoundError, match="gone"):
         content_sha256(tmp_path / "gone")
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_and_nothing_is_made(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"output_dir: .*file is a file; choose a folder"):
+        check_output_dir(tmp_path / "file" / "out")
+    check_output_dir(tmp_path / "a" / "b")
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)  # we may be root, whom nothing stops
+    with pytest.raises(ValueError, match=r"output_dir: .*a/b cannot be written to; choose another"):
+        check_output_dir(tmp_path / "a" / "b")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]

@@ -235,7 +235,7 @@ def written(request, tmp_path_factory) -> Written:
     item = LoadCased(LABELS, slice_axis=slice_axis, **given.options)({"image": str(given.path)})
     item["pred"] = torch.where(item["image"] > 127, 4.0, -4.0)  # (T, D, H, W) logits of one task, in upright slices
     item = DecideTasksd("argmax")(PlanOutputd(folder / "out", ["marker"])(item))
-    SavePredictiond(folder / "out", LABELS, overlays=False)(item)
+    SavePredictiond(LABELS)(item)
     return Written(name, given, folder / "out")
 
 

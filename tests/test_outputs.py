@@ -1,5 +1,7 @@
 """What predictions become on disk."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import nibabel
@@ -10,7 +12,7 @@ import torch
 from PIL import Image
 
 from blosam_monai.data.readers import read_label
-from blosam_monai.outputs import PlanOutputd, ResultExistsError, SavePredictiond
+from blosam_monai.outputs import Output, PlanOutputd, ResultExistsError, SavePredictiond
 from blosam_monai.transforms import DecideTasksd, LoadCased
 from tests.data.dicom_files import write_series
 
@@ -31,9 +33,10 @@ def prediction(path: Path, depth: int = 1) -> dict:
 
 def save(item: dict, folder: Path, tasks=TASKS, *, merge="argmax", threshold=0.5, overlays=False, **plan) -> list[str]:
     """Decide, plan and write as the bundle does; returns the names of what is in the folder."""
-    item = PlanOutputd(folder, tasks, merge=merge, **plan)(item)
+    item = PlanOutputd(folder, tasks, merge=merge, overlays=overlays, **plan)(item)
     item = DecideTasksd(merge, threshold)(item)
-    SavePredictiond(folder, LABELS, tasks, overlays=overlays)(item)
+    SavePredictiond(LABELS, tasks)(item)
+    assert item["written"] == item["outputs"]
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -149,13 +152,49 @@ def test_in_a_dicom_seg_separate_tasks_overlap(series, tmp_path):
 
 
 def test_an_existing_result_is_kept_unless_overwriting_is_asked_for(film, tmp_path):
-    item = prediction(film)
-    (tmp_path / "film_07.png").write_bytes(b"someone's work")
+    item, out = prediction(film), tmp_path / "out"
+    out.mkdir()
+    (out / "film_07.png").write_bytes(b"someone's work")
     with pytest.raises(ResultExistsError, match=r"film_07\.jpg: has its result already; add overwrite=true"):
-        save(item, tmp_path)
-    assert (tmp_path / "film_07.png").read_bytes() == b"someone's work"
-    save(item, tmp_path, overwrite=True)
-    assert labels_of(tmp_path / "film_07.png") == ROW * 6
+        save(item, out)
+    assert (out / "film_07.png").read_bytes() == b"someone's work"
+    save(item, out, overwrite=True)
+    assert labels_of(out / "film_07.png") == ROW * 6
+
+
+def test_an_empty_file_is_no_result(film, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "film_07.png").touch()
+    save(prediction(film), tmp_path / "out")
+    assert labels_of(tmp_path / "out" / "film_07.png") == ROW * 6
+
+
+def test_the_result_of_another_image_of_the_same_name_is_not_taken_for_this_ones(film, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "film_07.png").write_bytes(b"of another patient")
+    output = Output("label", "picture", None, out / "film_07.png")
+    line = {"case_id": "0" * 12, "outputs": [{"name_id": output.name_id}]}
+    (out / "manifest.jsonl").write_text(json.dumps(line) + "\n" + '{"torn')
+    with pytest.raises(ValueError, match=r"film_07\.png: is the result of another image of the same name"):
+        save(prediction(film), out)
+    line["case_id"] = hashlib.sha256(film.read_bytes()).hexdigest()[:12]
+    (out / "manifest.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(ResultExistsError):
+        save(prediction(film), out)
+
+
+def test_a_lost_overlay_is_drawn_again(film, tmp_path):
+    save(prediction(film), tmp_path / "out", overlays=True)
+    (tmp_path / "out" / "overlays" / "film_07.png").unlink()
+    save(prediction(film), tmp_path / "out", overlays=True)
+    assert (tmp_path / "out" / "overlays" / "film_07.png").is_file()
+
+
+def test_tasks_whose_files_would_have_one_name_are_refused(tmp_path):
+    for tasks in (["a/b", "a:b"], ["Lung", "lung"]):
+        with pytest.raises(ValueError, match="would give files of one name; rename a label"):
+            PlanOutputd(tmp_path, tasks)
 
 
 def test_what_a_killed_run_left_out_is_written_and_what_is_there_stays(film, tmp_path):
@@ -166,10 +205,11 @@ def test_what_a_killed_run_left_out_is_written_and_what_is_there_stays(film, tmp
     assert (tmp_path / "out" / "film_07_glass.png").read_bytes() == b"someone's work"
 
 
-def test_a_result_never_replaces_its_own_image(tmp_path):
-    Image.fromarray(np.arange(60, dtype=np.uint8).reshape(6, 10)).save(tmp_path / "film.png")
-    with pytest.raises(ValueError, match="is the folder of the images; choose another"):
-        save(prediction(tmp_path / "film.png"), tmp_path, overwrite=True)
+def test_results_never_lie_among_the_images(film, series, tmp_path):
+    for path, out in ((film, tmp_path), (series, series), (series, series / "masks")):
+        item = prediction(path, 4 if path == series else 1)
+        with pytest.raises(ValueError, match="is the folder of the images; choose another"):
+            save(item, out, overwrite=True)
 
 
 @pytest.mark.parametrize(

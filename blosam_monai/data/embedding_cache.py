@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from blosam_monai.files import PathLike, atomic
+from blosam_monai.networks.sam import embeddings_dir
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ DEFAULT_MAX_BYTES = 10 * 2**30  # some 2500 embeddings (256, 64, 64) in float32,
 KEPT_SHARE = 0.9  # of the bound: what remains after an eviction, so that not every put evicts
 RESCAN_SHARE = 0.05  # of the bound: what one process writes before it looks again at what the others have written
 LEFTOVER_AGE = 3600.0  # seconds; no write takes as long, so an older unfinished file is of a process that was killed
+
+NO_CACHE = "none"
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 _ENTRY = re.compile(rf"{_KEY.pattern}\.safetensors")
@@ -169,6 +172,13 @@ class EmbeddingCache:
         for path, stat in self._files(_UNFINISHED):
             if time.time() - stat.st_mtime > LEFTOVER_AGE:
                 path.unlink(missing_ok=True)
+
+
+def open_cache(cache_dir: PathLike | None = None) -> EmbeddingCache | None:
+    """The cache in a folder; None: ``embeddings`` in the cache of the package; ``none``: there is no cache."""
+    if cache_dir == NO_CACHE:
+        return None
+    return EmbeddingCache(Path(cache_dir).expanduser() if cache_dir else embeddings_dir())
 
 
 def _pack(tensor: torch.Tensor, key: str) -> bytes:

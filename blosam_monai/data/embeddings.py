@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,12 +19,11 @@ from monai.transforms import (
 )
 from torch.utils.data import Dataset
 
-from blosam_monai.data.embedding_cache import EmbeddingCache
-from blosam_monai.files import PathLike
+from blosam_monai.data.embedding_cache import EmbeddingCache, open_cache
+from blosam_monai.files import PathLike, content_sha256
 from blosam_monai.networks.prompt_sam import PromptSam
-from blosam_monai.networks.sam import embeddings_dir
 
-NO_CACHE = "none"
+ENCODING_VERSION = 1  # of the code that encodes: to be raised when its results change
 
 
 class EncodeImaged(MapTransform):
@@ -44,8 +42,7 @@ class EncodeImaged(MapTransform):
     def __init__(self, network: PromptSam, cache_dir: PathLike | None = None, keys: KeysCollection = "image") -> None:
         super().__init__(keys)
         self.network = network
-        folder = Path(cache_dir).expanduser() if cache_dir else embeddings_dir()
-        self.cache = None if cache_dir == NO_CACHE else EmbeddingCache(folder)
+        self.cache = open_cache(cache_dir)
         self.embeddings: dict[str, torch.Tensor] = {}
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -70,20 +67,29 @@ class EncodeImaged(MapTransform):
     def _key(self, image: torch.Tensor) -> str:
         """Hash of input and encoder: file, slice, window, view, preprocessing and size are all in the input."""
         pixels = hashlib.sha256(image.contiguous().numpy().data).hexdigest()
-        parts = {"input": pixels, "shape": str(tuple(image.shape)), "dtype": str(image.dtype)}
-        return EmbeddingCache.key({**parts, "encoder": self.network.encoder_id})
+        device = next(self.network.parameters()).device.type  # the last bits differ
+        parts = {"input": pixels, "shape": str(tuple(image.shape)), "dtype": str(image.dtype), "device": device}
+        return EmbeddingCache.key({**parts, "encoder": self.network.encoder_id, "version": ENCODING_VERSION})
 
 
 def with_views(items: Sequence[dict[str, Any]], augment_views: int, *, seed: int) -> list[dict[str, Any]]:
-    """The items, and ``augment_views`` more of each to be augmented, which carry a seed of their own as ``view``."""
+    """The items, and ``augment_views`` more of each to be augmented, which carry a seed of their own as ``view``.
+
+    It comes from the image itself and its slice: whatever the method and the half, an image has the same views.
+    """
     if augment_views < 0:
         raise ValueError(f"augment_views: {augment_views} must not be negative.")
     extra = [
-        {**item, "view": np.random.SeedSequence([seed, number, view]).generate_state(1).item()}
-        for number, item in enumerate(items)
+        {**item, "view": np.random.SeedSequence([seed, identity, view]).generate_state(1).item()}
+        for item, identity in ((item, _identify(item)) for item in (items if augment_views else ()))
         for view in range(1, augment_views + 1)
     ]
     return [*items, *extra]
+
+
+def _identify(item: Mapping[str, Any]) -> int:
+    """A number of an item's image and slice."""
+    return int(content_sha256(item["image"])[:12], 16) * 10_000 + item.get("slice", 0)
 
 
 class AugmentViewd(MapTransform):

@@ -52,6 +52,11 @@ def check_window(window: Window) -> Window:
     return window
 
 
+def window_channels(window: Window) -> int:
+    """Number of channels that a window gives, 1 or 3."""
+    return 3 if isinstance(window, Sequence) and len(window) == 3 else 1
+
+
 def channel_ranges(image: Image, window: Window) -> list[tuple[float, float]]:
     """The intensities shown as black and white, one pair a channel: 1 or 3.
 

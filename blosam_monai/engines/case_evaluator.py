@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from torch import nn
 
 from blosam_monai.errors import one_line, root_cause, tell
 from blosam_monai.outputs import Output, ResultExistsError
+
+logger = logging.getLogger(__name__)
 
 DONE, KEPT, FAILED = "done", "kept", "failed"
 
@@ -90,6 +93,8 @@ class CaseEvaluator(Evaluator):
         """Run through all cases; ``cases`` then says what became of each."""
         self.cases = []
         super().run(global_epoch)
+        if kept := sum(case.status == KEPT for case in self.cases):
+            tell(f"{kept} of {len(self.cases)} cases had their result and are kept; overwrite=true replaces them.")
 
     def raise_failures(self) -> None:
         """Raise if cases have failed: called when everything else is done.
@@ -110,15 +115,15 @@ class CaseEvaluator(Evaluator):
                 where = {"spacing": item["spacing"].tolist(), "slice_axis": item["slice_axis"]}
                 item[CommonKeys.PRED] = self.inferer(item[CommonKeys.IMAGE], self.network, **where)
             item = self.case_postprocessing(item)
-        except Exception as raised:  # noqa: BLE001 (whatever is wrong with one case, the others are not)
+        except Exception as raised:
             if isinstance(root_cause(raised), ResultExistsError):
                 status = KEPT
             else:
                 error, status = raised, FAILED
                 tell(one_line(raised))
-        outputs = item.get("outputs", ()) if status == DONE else ()
+                logger.debug("case %d", len(self.cases) + 1, exc_info=raised)
         seconds, notes = time.monotonic() - begin, item.get("notes", ())
-        self.cases.append(Case(len(self.cases) + 1, given, status, seconds, outputs, notes, error))
+        self.cases.append(Case(len(self.cases) + 1, given, status, seconds, item.get("written", ()), notes, error))
         engine.fire_event(CaseEvents.CASE_COMPLETED)
         engine.state.batch = [item] if status == DONE else []
         return engine.state.batch

@@ -86,18 +86,32 @@ def scene(seed: int = 0) -> dict:
     }
 
 
-def test_n_views_of_each_item_are_added_after_the_items():
-    items = [{"image": "a"}, {"image": "b"}]
-    result = with_views(items, 3, seed=0)
-    assert result[:2] == items
-    assert [item["image"] for item in result[2:]] == ["a"] * 3 + ["b"] * 3
+@pytest.fixture
+def files(tmp_path) -> list[dict[str, str]]:
+    """Two items whose image files differ."""
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    return [{"image": str(tmp_path / name)} for name in "ab"]
+
+
+def test_n_views_of_each_item_are_added_after_the_items(files):
+    result = with_views(files, 3, seed=0)
+    assert result[:2] == files
+    assert [item["image"] for item in result[2:]] == [files[0]["image"]] * 3 + [files[1]["image"]] * 3
     assert len({item["view"] for item in result[2:]}) == 6
 
 
-def test_views_are_a_function_of_the_seed():
-    views = [[i["view"] for i in with_views([{"image": "a"}], 4, seed=seed)[1:]] for seed in (1, 1, 2)]
+def test_views_are_a_function_of_the_seed(files):
+    views = [[i["view"] for i in with_views(files[:1], 4, seed=seed)[1:]] for seed in (1, 1, 2)]
     assert views[0] == views[1]
     assert not set(views[0]) & set(views[2])
+
+
+def test_an_image_has_the_same_views_whatever_it_stands_beside_and_each_slice_its_own(files):
+    alone, beside = with_views(files[1:], 2, seed=0), with_views(files, 2, seed=0)
+    assert [item["view"] for item in alone[1:]] == [item["view"] for item in beside[4:]]
+    slices = with_views([{**files[0], "slice": n} for n in (3, 4)], 1, seed=0)
+    assert slices[2]["view"] != slices[3]["view"]
 
 
 def test_no_views_are_no_change_and_fewer_than_none_are_refused():

@@ -50,7 +50,7 @@ def predict(paths, network, folder: Path, *, overwrite=False, log_paths=False) -
         network,
         SliceStreamInferer(64),
         preprocessing=Compose([LoadCased(LABELS), PlanOutputd(folder, ["lung"], overwrite=overwrite)]),
-        case_postprocessing=Compose([DecideTasksd("argmax"), SavePredictiond(folder, LABELS)]),
+        case_postprocessing=Compose([DecideTasksd("argmax"), SavePredictiond(LABELS)]),
         val_handlers=[ManifestHandler(folder, log_paths=log_paths)],
     )
     evaluator.run()
@@ -79,7 +79,9 @@ def test_the_manifest_says_of_every_case_what_became_of_it_without_a_name(films,
     found = lines(tmp_path / "out")
     assert [line["number"] for line in found] == [1, 2, 3, 4]
     assert [line["case_id"] for line in found] == [hashlib.sha256(p.read_bytes()).hexdigest()[:12] for p in films]
-    assert found[0]["outputs"] == [{"content": "label", "format": "picture", "task": None}]
+    outputs = [{key: output[key] for key in ("content", "format", "task")} for output in found[0]["outputs"]]
+    assert outputs == [{"content": content, "format": "picture", "task": None} for content in ("label", "overlay")]
+    assert found[0]["outputs"][0]["name_id"] == hashlib.sha256(b"film_0.png").hexdigest()[:12]
     assert found[0]["seconds"] > 0
     assert found[1]["error"].startswith("<file>: cannot be read as a picture")
     text = (tmp_path / "out" / "manifest.jsonl").read_text()
