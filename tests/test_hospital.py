@@ -342,7 +342,10 @@ SECRETS = (b"verylongname", b"nobody", b"19700101", PATIENT_ID.lower().encode())
 
 @pytest.fixture(scope="module")
 def patient(tmp_path_factory) -> Path:
-    """Six series of a patient with labels, below a folder that names the patient; one has a slice twice."""
+    """Six series of a patient with labels, below a folder that names the patient; one has a slice twice.
+
+    The files of the slices are named after the patient, too.
+    """
     folder = tmp_path_factory.mktemp("clinic") / "Verylongname_Nobody_19700101"
     (folder / "labels").mkdir(parents=True)
     rows, columns = np.mgrid[:32, :32]
@@ -352,7 +355,15 @@ def patient(tmp_path_factory) -> Path:
         offsets = (0, 2, 4, 6, 8, 8) if number == 1 else (0, 2, 4, 6, 8, 10)
         elements = {"PatientID": PATIENT_ID, "PatientBirthDate": "19700101", "SeriesDescription": f"Head of {NAME}"}
         case = folder / "images" / f"series_{number}"
-        write_series(case, values.astype(np.int16), offsets=offsets, patient_name=NAME, elements=elements)
+        names = [f"Verylongname_Nobody_{place}.dcm" for place in range(len(values))]
+        write_series(
+            case,
+            values.astype(np.int16),
+            offsets=offsets,
+            names=names,
+            patient_name=NAME,
+            elements=elements,
+        )
         label = np.broadcast_to(disc.T[..., None], (32, 32, 6)).astype(np.uint8)
         nifti = nibabel.Nifti1Image(label, np.diag([-1.0, -1, 2, 1]))
         nibabel.save(nifti, folder / "labels" / f"series_{number}.nii.gz")
@@ -379,7 +390,7 @@ def test_no_patient_is_named_in_what_is_written_or_logged(patient, tmp_path, mon
     allow = ["--allow", '["duplicate_positions"]']
     blosam("datalist", *folders, *allow, "--n_shot", 4, "--support", "series_[1-4]", "--output", out / "list.json")
     listed = ["--data_list", out / "list.json", "--dataset_dir", patient]
-    (patient / "images" / "series_5" / "slice_001.dcm").unlink()  # now a slice is missing
+    (patient / "images" / "series_5" / "Verylongname_Nobody_1.dcm").unlink()  # now a slice is missing
     mixed = patient / "images" / "mixed"  # is told by its descriptions, which name the patient
     for number in (2, 3):
         for path in (patient / "images" / f"series_{number}").iterdir():

@@ -8,7 +8,8 @@ and ITK; NIfTI's own RAS is converted by its reader and writer). A picture has o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import product
 
 import numpy as np
 from nibabel.orientations import io_orientation
@@ -17,6 +18,7 @@ from scipy.ndimage import affine_transform
 SLICE_AXES = ("axial", "coronal", "sagittal")
 ANISOTROPIC = 1.5  # slices this many times thicker than pixels are wide were acquired as slices
 GRID_TOLERANCE = 1e-2  # voxels; headers are rounded to four or five digits
+OUTSIDE = 0.01  # share of a label's foreground that may lie outside its image without a word
 # Rows and columns as radiologists look at them: (world axis, sign) of slice, row and column; 0 = L, 1 = P, 2 = S.
 _UPRIGHT = {
     "axial": ((2, 1), (1, 1), (0, 1)),  # back down, patient's left at the right
@@ -38,6 +40,8 @@ class Image:
         full_range: intensities shown as black and white unless a window is asked for; None: percentiles.
         files: of DICOM only, its files: one a slice in the order of d, or the one file of many frames.
         notes: what the reader had to decide or allow, for the reports.
+        placed: whether the affine says where the image lies; if not, it says the voxels' sizes only.
+        origins: (D, 3) mm LPS of voxel (d, 0, 0), where slices do not lie evenly as in the affine (missing ones).
     """
 
     path: str
@@ -46,6 +50,8 @@ class Image:
     full_range: tuple[float, float] | None = None
     files: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    placed: bool = True
+    origins: np.ndarray | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -61,12 +67,14 @@ class Label:
         path: where it was read from, for messages.
         values: (D, H, W) of whole numbers, 0 is background; or name -> (D, H, W) bool.
         affine, notes: as in ``Image``.
+        parts: of names that unite several files or end on a number, each file's own name -> its mask.
     """
 
     path: str
     values: np.ndarray | Mapping[str, np.ndarray]
     affine: np.ndarray | None = None
     notes: tuple[str, ...] = ()
+    parts: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -84,36 +92,48 @@ class Label:
     def mask(self, wanted: Sequence[Value]) -> np.ndarray:
         """Union of the given values or names, (D, H, W) bool; one that does not occur adds nothing."""
         if isinstance(self.values, Mapping):
-            masks = [self.values[name] for name in wanted if name in self.values]  # type: ignore[index]
+            named: dict[Value, np.ndarray] = {**self.parts, **self.values}
+            masks = [named[name] for name in wanted if name in named]
             return np.logical_or.reduce(masks) if masks else np.zeros(self.shape, bool)
         return np.isin(self.values, [v for v in wanted if not isinstance(v, str)])
 
     def on(self, image: Image) -> Label:
         """The label on the image's grid: as it is, its axes reordered, or resampled by nearest neighbour; then noted.
 
+        Where the label or the image does not say where it lies, they are laid on each other by their shape.
+
         Raises:
-            ValueError: another shape and no geometry to tell where it lies, or the two do not overlap.
+            ValueError: another shape and no geometry to tell where it lies, the two do not overlap, or nothing of the
+                label lands on the voxels of a coarser image.
         """
-        if self.affine is None or image.affine is None:
-            if self.shape != image.shape:
-                raise ValueError(
-                    f"{self.path}: label has shape {_show(self.shape)}, its image {_show(image.shape)}; export the "
-                    "label again."
-                )
-            return self
+        if self.affine is None or image.affine is None or not image.placed:
+            return self._by_shape(image)
         to_label = np.linalg.inv(self.affine) @ image.affine  # indices of the image -> indices of the label
         if self.shape == image.shape and _near(to_label, np.eye(4), self.shape):
             return self
+        if not _overlap(self.shape, image.shape, to_label):
+            raise _no_overlap(self, image)
+        values: np.ndarray | dict[str, np.ndarray]
         if isinstance(self.values, Mapping):
-            values: np.ndarray | dict[str, np.ndarray] = {
-                name: _resample(mask, to_label, image.shape) for name, mask in self.values.items()
-            }
+            values = {name: _resample(mask, self.affine, image) for name, mask in self.values.items()}
         else:
-            values = _resample(self.values, to_label, image.shape)
-        moved = replace(self, values=values, affine=image.affine, notes=(*self.notes, _say_grid(self, image, to_label)))
-        if self.counts() and not moved.counts():
-            raise ValueError(f"{self.path}: the label does not overlap its image {image.path}; check that they pair.")
-        return moved
+            values = _resample(self.values, self.affine, image)
+        parts = {name: _resample(mask, self.affine, image) for name, mask in self.parts.items()}
+        moved = replace(self, values=values, affine=image.affine, parts=parts)
+        notes = _say_loss(self, moved, image, np.linalg.inv(to_label))
+        return replace(moved, notes=(*self.notes, _say_grid(self, image, to_label), *notes))
+
+    def _by_shape(self, image: Image) -> Label:
+        """The label voxel by voxel on an image of its shape."""
+        if self.shape != image.shape:
+            raise ValueError(
+                f"{self.path}: label has shape {_show(self.shape)}, its image {_show(image.shape)}; export the "
+                "label again."
+            )
+        if self.affine is None:
+            return self
+        said = "the image does not say where it lies: the label is laid on it by its shape"
+        return replace(self, affine=image.affine, notes=(*self.notes, said))
 
 
 @dataclass(frozen=True)
@@ -197,13 +217,69 @@ def turn(slice_axis: str, other_axis: str) -> Orientation:
     )
 
 
-def _resample(values: np.ndarray, to_label: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """Nearest neighbour on the image's grid; 0 outside the label. SciPy, since ITK refuses sheared (tilted) grids."""
+def _resample(values: np.ndarray, affine: np.ndarray, image: Image) -> np.ndarray:
+    """Nearest neighbour on the image's voxels; 0 outside the label. SciPy, since ITK refuses sheared (tilted) grids."""
     stored = values.view(np.uint8) if values.dtype == bool else values
-    moved = affine_transform(
-        stored, to_label[:3, :3], to_label[:3, 3], output_shape=shape, order=0, mode="grid-constant", cval=0
-    )
+    to_label = np.linalg.inv(affine) @ image.affine
+    depth, *plane = image.shape
+    moved = np.empty(image.shape, stored.dtype)
+    if image.origins is None:
+        blocks = [(slice(0, depth), to_label[:3, 3])]
+    else:  # slice by slice, from where each lies
+        starts = np.linalg.solve(affine, np.column_stack([image.origins, np.ones(depth)]).T)[:3].T  # (D, 3)
+        blocks = [(slice(d, d + 1), start) for d, start in enumerate(starts)]
+    for block, start in blocks:
+        shape = (block.stop - block.start, *plane)
+        moved[block] = affine_transform(
+            stored, to_label[:3, :3], start, output_shape=shape, order=0, mode="grid-constant", cval=0
+        )
     return moved.view(bool) if values.dtype == bool else moved
+
+
+def _overlap(shape: Sequence[int], other: Sequence[int], to_shape: np.ndarray) -> bool:
+    """Whether two grids' boxes meet, each seen along the axes of the other; the matrix leads to indices of the first."""
+    for box, seen, matrix in ((shape, other, to_shape), (other, shape, np.linalg.inv(to_shape))):
+        edges = [(-0.5, n - 0.5) for n in seen]
+        corners = matrix[:3] @ np.array([(*corner, 1) for corner in product(*edges)]).T  # (3, 8)
+        if (corners.max(axis=1) < -0.5).any() or (corners.min(axis=1) > np.array(box) - 0.5).any():
+            return False
+    return True
+
+
+def _say_loss(label: Label, moved: Label, image: Image, to_image: np.ndarray) -> list[str]:
+    """What of a label its image's voxels do not hold; raises where that is all."""
+    before, after = label.counts(), moved.counts()
+    if not before:
+        return []
+    outside = _share_outside(label, image.shape, to_image)
+    if not after and outside == 1:
+        raise _no_overlap(label, image)
+    if not after:
+        raise ValueError(
+            f"{label.path}: nothing of the label lands on the coarser grid of its image {image.path}; draw it on the "
+            "image's own slices, or leave the case out."
+        )
+    notes = [f"{outside:.0%} of the label lie outside its image: cut off"] if outside > OUTSIDE else []
+    if lost := sorted(str(value) for value in before if value not in after):
+        notes.append(f"nothing of {', '.join(lost)} in the label lands on the image's voxels")
+    return notes
+
+
+def _share_outside(label: Label, shape: tuple[int, int, int], to_image: np.ndarray) -> float:
+    """Share of a label's foreground voxels whose centre lies outside the image; a slice at a time, to save memory."""
+    masks = list(label.values.values()) if isinstance(label.values, Mapping) else [label.values]
+    outside = total = 0
+    for d in range(label.shape[0]):
+        rows, columns = np.nonzero(np.logical_or.reduce([mask[d] != 0 for mask in masks]))
+        places = to_image[:3] @ np.stack([np.full(len(rows), d), rows, columns, np.ones(len(rows))])  # (3, N)
+        within = (places > -0.5 - GRID_TOLERANCE) & (places < np.array(shape)[:, None] - 0.5 + GRID_TOLERANCE)
+        outside += len(rows) - int(within.all(axis=0).sum())
+        total += len(rows)
+    return outside / total
+
+
+def _no_overlap(label: Label, image: Image) -> ValueError:
+    return ValueError(f"{label.path}: the label does not overlap its image {image.path}; check that they pair.")
 
 
 def _say_grid(label: Label, image: Image, to_label: np.ndarray) -> str:
@@ -212,6 +288,8 @@ def _say_grid(label: Label, image: Image, to_label: np.ndarray) -> str:
     permutes = (turns.sum(axis=0) == 1).all() and (turns.sum(axis=1) == 1).all()
     exact = permutes and _near(to_label, whole, image.shape)
     how = "axes reordered, voxel by voxel" if exact else "resampled by nearest neighbour"
+    if image.origins is not None:
+        how = "resampled by nearest neighbour, slice by slice"
     return f"label of shape {_show(label.shape)} lies on another grid than its image of {_show(image.shape)}: {how}"
 
 

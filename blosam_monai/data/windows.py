@@ -35,13 +35,13 @@ def check_window(window: Window) -> Window:
         if isinstance(window, Mapping):
             ((name, value),) = window.items()
             low, high = (-value, value) if name == "zscore" else value
-            valid = name in ("zscore", "percentiles") and low < high
+            valid = name in ("zscore", "percentiles") and _is_range(low, high)
             valid = valid and (name == "zscore" or (low >= 0 and high <= 100))
         elif window is None:
             valid = True
         else:
             pairs = window if isinstance(window[0], Sequence) else [window]
-            valid = len(pairs) in (1, 3) and all(low < high for low, high in pairs)
+            valid = len(pairs) in (1, 3) and all(_is_range(low, high) for low, high in pairs)
     except (TypeError, ValueError, IndexError):
         valid = False
     if not valid:
@@ -55,6 +55,11 @@ def check_window(window: Window) -> Window:
 def window_channels(window: Window) -> int:
     """Number of channels that a window gives, 1 or 3."""
     return 3 if isinstance(window, Sequence) and len(window) == 3 else 1
+
+
+def _is_range(low: Any, high: Any) -> bool:
+    """Whether two values are finite numbers in order; NumPy raises TypeError on anything but numbers."""
+    return bool(np.isfinite([low, high]).all()) and low < high
 
 
 def channel_ranges(image: Image, window: Window) -> list[tuple[float, float]]:

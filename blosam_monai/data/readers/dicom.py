@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -49,10 +49,10 @@ TILT = 0.25  # pixels from the first slice to the last; rounded positions and di
 SAME_DIRECTION = 1e-3  # of direction cosines, which have four digits or more; half a pixel at 512 pixels
 SAME_SPACING = 1e-3  # of a pixel's size, likewise
 
-_PEEK = 8  # files of a folder looked at to tell whether it holds a series; a note or a SEG may come first
 LABEL_MAP = UID("1.2.840.10008.5.1.4.1.1.66.7")  # Label Map Segmentation Storage, which pydicom does not name
 # Pixels on a grid of their own, not a scanner's.
 _NO_IMAGES = {SegmentationStorage, LABEL_MAP, "SEG", RTDoseStorage, "RTDOSE"}
+_SLICED = ("CT", "MR", "PT", "NM")  # slices, even where an anonymiser took their positions
 _GROUP_OF = {  # where a multi-frame file keeps what a slice's file has at its top
     "ImagePositionPatient": "PlanePositionSequence",
     "ImageOrientationPatient": "PlaneOrientationSequence",
@@ -98,6 +98,7 @@ class Series:
         files: sorted by name.
         rows, columns: of its first file, in pixels.
         frames: slices in all files.
+        is_stack: whether its files are, or may be, the slices of one volume; films are not: each is an image.
     """
 
     uid: str
@@ -107,6 +108,7 @@ class Series:
     rows: int
     columns: int
     frames: int
+    is_stack: bool = True
 
     def __str__(self) -> str:
         name = self.description or self.modality or "no description"
@@ -184,14 +186,34 @@ def list_series(folder: PathLike) -> list[Series]:
 
 @quietly()
 def list_folders(path: PathLike) -> list[Path]:
-    """Folders at any depth below a path that hold DICOM images themselves, sorted; hidden ones are left out."""
-    found = []
-    for folder, below, names in walk(path):
-        below[:] = [name for name in below if not name.startswith(".")]
-        files = [Path(folder, name) for name in sorted(names) if not name.startswith(".")][:_PEEK]
-        if Path(folder) != Path(path) and any(is_dicom(file) and _is_image(_read_header(file)) for file in files):
+    """Folders at any depth below a path that hold DICOM images themselves, sorted; hidden ones are left out.
+
+    Links are followed; a folder that is reached twice counts once.
+    """
+    found, seen = [], set()
+    for folder, below, names in walk(path, followlinks=True):
+        real = Path(folder).resolve()
+        if real in seen:  # a link back, or to another folder below
+            below.clear()
+            continue
+        seen.add(real)
+        below[:] = sorted(
+            (name for name in below if not name.startswith(".")),
+            key=lambda name: (Path(folder, name).is_symlink(), name),  # a folder by its own name, if it is below
+        )
+        if Path(folder) != Path(path) and _holds_images(Path(folder, name) for name in sorted(names)):
             found.append(Path(folder))
     return sorted(found)
+
+
+@quietly()
+def holds_images(folder: PathLike) -> bool:
+    """Whether a folder itself holds a DICOM image; files are looked at until one is."""
+    return _holds_images(sorted(Path(folder).iterdir()))
+
+
+def _holds_images(files: Iterable[Path]) -> bool:
+    return any(not f.name.startswith(".") and is_dicom(f) and _is_image(_read_header(f)) for f in files)
 
 
 @quietly()
@@ -209,7 +231,7 @@ def read_dicom(path: PathLike, *, series: str | None = None, allow: Collection[s
         series: SeriesInstanceUID, needed where a folder holds several.
         allow: flaws of ``FLAWS`` to accept; each is then said in the notes. Of slices at one position the first by
             InstanceNumber is kept; a tilted series keeps its exact (sheared) affine; with missing or uneven slices the
-            affine has the mean step.
+            affine has the mean step, and where each slice lies is in ``origins``.
 
     Raises:
         ValueError: no image, several series, a flaw that is not allowed, slices that do not fit together, pixels that
@@ -221,6 +243,7 @@ def read_dicom(path: PathLike, *, series: str | None = None, allow: Collection[s
     slices = [part for file, header in chosen for part in _split(file, header)]
     _check_alike(path, slices)
     slices, affine, notes = _place(path, slices, allow)
+    placed = slices[0].position is not None
     values = _read_values(slices)
     flat = values.reshape(-1, 3 if values.ndim == 4 else 1)
     if (flat.min(axis=0) == flat.max(axis=0)).all():
@@ -232,6 +255,8 @@ def read_dicom(path: PathLike, *, series: str | None = None, allow: Collection[s
         full_range=(0.0, 255.0) if slices[0].is_colour else None,
         files=tuple(dict.fromkeys(str(part.file) for part in slices)),
         notes=notes,
+        placed=placed,
+        origins=_find_strays(slices, affine) if placed and affine is not None else None,
     )
 
 
@@ -301,7 +326,12 @@ def _describe(uid: str, headers: Sequence[tuple[Path, Dataset]]) -> Series:
         rows=int(first.Rows),
         columns=int(first.Columns),
         frames=sum(_count_frames(header) for _, header in headers),
+        is_stack=len(headers) > 1 and (first.get("Modality") in _SLICED or any(_is_placed(h) for _, h in headers)),
     )
+
+
+def _is_placed(header: Dataset) -> bool:
+    return bool(header.get("ImagePositionPatient") or header.get("PerFrameFunctionalGroupsSequence"))
 
 
 def _choose(path: Path, held: dict[str, list[tuple[Path, Dataset]]], series: str | None) -> list[tuple[Path, Dataset]]:
@@ -461,6 +491,13 @@ def _place_nowhere(pixel: np.ndarray | None) -> tuple[np.ndarray | None, tuple[s
     affine = np.zeros((4, 4))
     affine[[2, 1, 0, 3], [0, 1, 2, 3]] = 1.0, pixel[0], pixel[1], 1.0
     return affine, ("no position: placed at the origin, slices 1 mm apart",)
+
+
+def _find_strays(slices: Sequence[_Slice], affine: np.ndarray) -> np.ndarray | None:
+    """(D, 3) mm, where slices lie; None where the affine says the same."""
+    positions = np.stack([part.position for part in slices])  # type: ignore[misc]
+    even = affine[:3, 3] + np.arange(len(slices))[:, None] * affine[:3, 0]
+    return positions if np.abs(positions - even).max() > SAME_POSITION else None
 
 
 def _thickness(part: _Slice, notes: list[str]) -> float:

@@ -18,7 +18,7 @@ from pydicom.pixels import iter_pixels
 from pydicom.uid import UID, RTStructureSetStorage, SegmentationStorage
 
 from blosam_monai.data.geometry import Image, Label
-from blosam_monai.data.readers.dicom import LABEL_MAP, is_dicom, read_headers
+from blosam_monai.data.readers.dicom import LABEL_MAP, is_dicom
 from blosam_monai.files import PathLike
 
 SEGMENT_FILES = (SegmentationStorage, LABEL_MAP, RTStructureSetStorage)
@@ -153,19 +153,12 @@ def _is_dicom(image: Image) -> bool:
 
 
 def _planes_of(image: Image) -> _Planes | None:
-    """The slices of an image, those of a DICOM series as their headers say: allowed flaws are not in the affine.
-
-    None where the image has no position in the patient.
-    """
-    if image.affine is None:
+    """The slices of an image where they lie, also those of a flawed series; None where it has no position."""
+    if image.affine is None or not image.placed:
         return None
-    origins = image.affine[:3, 3] + np.arange(image.shape[0])[:, None] * image.affine[:3, 0]  # (D, 3)
-    headers = read_headers(image) if _is_dicom(image) else []
-    if headers and "PerFrameFunctionalGroupsSequence" not in headers[0]:
-        positions = [header.get("ImagePositionPatient") for header in headers]
-        if None in positions:
-            return None
-        origins = np.array(positions, float)
+    origins = image.origins
+    if origins is None:
+        origins = image.affine[:3, 3] + np.arange(image.shape[0])[:, None] * image.affine[:3, 0]  # (D, 3)
     return _Planes(origins, image.affine[:3, 1:3].T, image.shape[1:])
 
 
@@ -399,20 +392,21 @@ def _points(contour: Dataset) -> np.ndarray:
 def _sort_contours(
     contours: Sequence[np.ndarray], planes: _Planes, thickness: float, path: Path
 ) -> dict[int, list[np.ndarray]]:
-    """Slice -> the contours (N, 3) mm in the plane nearest to it, at most half a slice away."""
+    """Slice -> the contours (N, 3) mm in the plane nearest to it, at most half a slice away; of two the lower one."""
     on_slice: dict[int, list[tuple[float, np.ndarray]]] = {}
     for contour in contours:
         heights = planes.heights(contour)
         if np.ptp(heights) > thickness / 2:
             raise ValueError(f"{path}: has contours across the slices of its image; read it with the image drawn on.")
         d = int(planes.nearest(contour.mean(axis=0, keepdims=True))[0])
-        away = abs(float(heights.mean() - planes.heights(planes.origins[d])))
-        if away <= thickness / 2 + SAME_PLANE:
+        away = float(heights.mean() - planes.heights(planes.origins[d]))
+        if abs(away) <= thickness / 2 + SAME_PLANE:
             on_slice.setdefault(d, []).append((away, contour))
     kept = {}
     for d, found in on_slice.items():
-        nearest = min(away for away, _ in found)
-        kept[d] = [contour for away, contour in found if away <= nearest + SAME_PLANE]
+        nearest = min(abs(away) for away, _ in found)
+        plane = min(away for away, _ in found if abs(away) <= nearest + SAME_PLANE)
+        kept[d] = [contour for away, contour in found if abs(away - plane) <= SAME_PLANE]
     return kept
 
 

@@ -78,19 +78,22 @@ def read_label_folder(path: PathLike) -> Label:
     """Read a folder that holds one mask file a class or instance, pictures or volumes.
 
     Names are the files' stems without a number at the end: ``polyp_1.png`` and ``polyp-2.png`` are instances of
-    ``polyp`` and united. Masks of 0 and 1 and masks of 0 and 255 both do (the coding ``threshold``).
+    ``polyp`` and united, which is noted; ``polyp_1`` alone is found by its full stem (``Label.parts``). Beside a
+    ``polyp.png`` each goes by its full stem. Masks of 0 and 1 and masks of 0 and 255 both do (the coding
+    ``threshold``).
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: no mask in it, or masks of different shapes or geometry.
+        ValueError: a file, no mask in it, or masks of different shapes or geometry.
     """
     from blosam_monai.data.readers import case_stem, volumes  # they import this module
 
     path = Path(path)
+    if path.is_file():
+        raise ValueError(f"{path}: is a file; label_coding files reads a folder of masks: name its folder.")
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder; check dataset_dir and the data list.")
-    parts: list[Label] = []
-    masks: dict[str, np.ndarray] = {}
+    parts: dict[str, Label] = {}
     files = (p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))  # macOS leaves ._ files
     for file in sorted(files):
         if is_picture(file):
@@ -99,13 +102,37 @@ def read_label_folder(path: PathLike) -> Label:
             part = volumes.read_label_volume(file, "threshold")
         else:
             continue
-        parts.append(part)
-        _check_same_grid(part, parts[0])
-        name = re.sub(r"[_-]\d+$", "", case_stem(file))
-        masks[name] = part.mask([1]) | masks.get(name, False)
+        stem = case_stem(file)
+        if stem in parts:
+            raise ValueError(f"{file}: has the same stem as {Path(parts[stem].path).name}; rename or remove one of them.")
+        parts[stem] = part
+        _check_same_grid(part, next(iter(parts.values())))
     if not parts:
         raise ValueError(f"{path}: holds no mask; export one file a class.")
-    return Label(str(path), masks, affine=parts[0].affine)
+    return _unite(path, parts)
+
+
+def _unite(path: Path, parts: dict[str, Label]) -> Label:
+    """Masks by stem -> a label whose names are without their numbers, where that is no stem itself."""
+    stems_of: dict[str, list[str]] = {}
+    for stem in parts:
+        cut = re.sub(r"[_-]\d+$", "", stem)
+        stems_of.setdefault(stem if cut in parts else cut, []).append(stem)
+    masks = {stem: part.mask([1]) for stem, part in parts.items()}
+    values = {name: np.logical_or.reduce([masks[s] for s in stems]) for name, stems in stems_of.items()}
+    notes = [f"{len(stems)} masks are united as {name!r}: {_list(stems)}" for name, stems in stems_of.items() if stems[1:]]
+    first = next(iter(parts.values()))
+    numbered = {stem: mask for stem, mask in masks.items() if stem not in values}
+    return Label(str(path), values, first.affine, (*first.notes, *notes), numbered)
+
+
+def _list(names: list[str]) -> str:
+    """Names, of many the first two and the last.
+
+    >>> _list(["rib_1", "rib_2"]), _list(["rib_1", "rib_2", "rib_3", "rib_4"])
+    ('rib_1, rib_2', 'rib_1, rib_2 ... rib_4')
+    """
+    return ", ".join(names) if len(names) < 4 else f"{names[0]}, {names[1]} ... {names[-1]}"
 
 
 def _read_indices(path: PathLike) -> np.ndarray:

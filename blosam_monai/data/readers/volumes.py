@@ -57,7 +57,7 @@ def read_volume(path: PathLike) -> Image:
     if values.max() == values.min():
         raise ValueError(f"{path}: every voxel has the same value; repair or leave out the image.")
     full_range = (0.0, 255.0) if values.ndim == 4 else None
-    return Image(str(path), values, affine, full_range, notes=notes)
+    return Image(str(path), values, affine, full_range, notes=notes, placed=NO_GEOMETRY not in notes)
 
 
 def read_label_volume(path: PathLike, coding: str) -> Label:
