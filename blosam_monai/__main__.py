@@ -154,24 +154,32 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     datalist.add_argument("--labels", help="folder of labels, paired with the images by stem")
     datalist.add_argument("--from", dest="source", help="or an existing list: ours, Decathlon or nnU-Net dataset.json")
     datalist.add_argument("--dataset_dir", help="folder that paths are relative to (default: the list's own)")
-    datalist.add_argument("--output", required=True, help="the JSON file to write")
+    datalist.add_argument("--output", help="the JSON file to write; needless to --check a list --from a file as it is")
     datalist.add_argument("--overwrite", type=_boolean, default=False, help="replace that file (default: false)")
-    datalist.add_argument("--n_shot", type=int, default=4, help="labelled images to train on (default: 4)")
-    datalist.add_argument("--seed", type=int, default=0, help="seed of the draw (default: 0)")
-    datalist.add_argument("--n_validation", type=int, default=0, help="images kept for validation (default: 0)")
-    datalist.add_argument("--n_testing", type=int, help="images to test on (default: all others)")
-    datalist.add_argument("--support", type=_expression, help="draw supports from stems that match, test on the rest")
+    datalist.add_argument("--n_shot", type=_positive_number, default=4, help="labelled images to train on (default: 4)")
+    datalist.add_argument("--seed", type=_whole_number, default=0, help="seed of the draw (default: 0)")
+    datalist.add_argument(
+        "--n_validation", type=_whole_number, default=0, help="images kept for validation (default: 0)"
+    )
+    datalist.add_argument("--n_testing", type=_whole_number, help="images to test on (default: all others)")
+    datalist.add_argument(
+        "--support", type=_expression, help="draw supports from cases whose names match, test on the rest"
+    )
     datalist.add_argument("--label_names", type=_json, help='JSON: {"lung": 1, "wheels": [2, 3]} (default: guessed)')
     datalist.add_argument("--label_coding", choices=LABEL_CODINGS, help="default: guessed from all labels")
     datalist.add_argument("--subject", type=_expression, help="on the stem; its first group is the subject")
     datalist.add_argument("--image_suffix", default="", help="cut off image stems before pairing, as _0000")
     datalist.add_argument("--label_suffix", default="", help="cut off label stems before pairing, as _mask")
     datalist.add_argument("--slice_axis", help="axial, coronal or sagittal (default: as the volumes were acquired)")
-    datalist.add_argument("--slices_per_volume", type=int, default=1, help="supports from one volume (default: 1)")
+    datalist.add_argument(
+        "--slices_per_volume", type=_positive_number, default=1, help="supports from one volume (default: 1)"
+    )
     datalist.add_argument(
         "--shared_subjects", type=_boolean, default=False, help="both halves may hold slices of one subject"
     )
-    datalist.add_argument("--channel", type=int, help="of nnU-Net images in several files: the number of the channel")
+    datalist.add_argument(
+        "--channel", type=_whole_number, help="of nnU-Net images in several files: the number of the channel"
+    )
     datalist.add_argument("--allow", type=_json, help="JSON list of flaws of a DICOM series to accept")
     datalist.add_argument("--window", type=_json, help="kept in the list for the training, as [-160, 240]")
     datalist.add_argument("--snomed", type=_json, help='for DICOM SEG, JSON: {"liver": ["10200004", "Liver"]}')
@@ -352,59 +360,49 @@ def _models(model: str) -> Path:
 
 
 def _datalist(options: argparse.Namespace) -> None:
-    from blosam_monai.data.coding import count_values, find_coding
-    from blosam_monai.data.datalist import make_datalist, write_datalist
-    from blosam_monai.data.pairing import items_of_list, pair_folders
-    from blosam_monai.data.tasks import known_values
+    from blosam_monai.data.datalist import check_allow, check_settings, make_datalist, write_datalist
+    from blosam_monai.data.tasks import check_values, parse_labels
 
-    if bool(options.source) == bool(options.images and options.labels):
-        raise ValueError("datalist: give either --images and --labels, or --from.")
+    _check_sources(options)
+    if options.output is None:
+        _check_list(options)
+        return
     if Path(options.output).exists() and not options.overwrite:
         raise FileExistsError(f"output: {options.output} exists; choose another or add --overwrite true.")
-    content: dict[str, Any] = {}
-    picked = {"subject": options.subject, "channel": options.channel}
-    if options.source:
-        folder = options.dataset_dir or str(Path(options.source).parent)
-        items, content = items_of_list(options.source, **picked)
-    else:
-        folder = options.dataset_dir or "."
-        cut = {"image_suffix": options.image_suffix, "label_suffix": options.label_suffix}
-        items = pair_folders(options.images, options.labels, folder, **cut, **picked)
-    kept: dict[str, Any] = {
-        name: getattr(options, name) or content.get(name) for name in ("slice_axis", "window", "snomed")
-    }
-    kept["allow"] = options.allow or content.get("allow", [])
+    if options.label_names is not None:
+        options.label_names = parse_labels(options.label_names)
+    items, content, folder = _read_items(options)
+    kept = {name: _first(getattr(options, name), content.get(name)) for name in ("slice_axis", "window", "snomed")}
+    kept["allow"] = _first(options.allow, content.get("allow"), [])
     kept["shared_subjects"] = options.shared_subjects or content.get("shared_subjects", False)
-    labels = options.label_names or content.get("labels")
-    coding = options.label_coding or (content.get("label_coding", "index") if content else None)
-    if coding is None or labels is None:
-        images, files = ([Path(folder, item[key]) for item in items] for key in ("image", "label"))
-        found_coding, found_labels = find_coding(files, images=images, allow=kept["allow"])
-        coding, labels = coding or found_coding, labels or found_labels
-    labels = {"background": 0, **labels}
-    if coding == "index" and options.label_names:
-        counts = count_values([Path(folder, item["label"]) for item in items], coding)
-        if others := sorted(set(counts) - known_values(labels)):
-            print(f"label values that have no name are background: {', '.join(map(str, others))}")
-            labels["background"] = [0, *others]
+    check_allow(kept["allow"])
+    labels, coding = _name_labels(options, items, content, folder, kept)
+    check_values(labels, coding)
+    check_settings(labels, kept)
+    rows = []
     if options.check:  # before drawing, which stops at the first bad file
-        _check_pairs({**kept, "labels": labels, "label_coding": coding, "testing": items}, folder, show=False)
-    datalist = make_datalist(
-        items,
-        labels,
-        dataset_dir=folder,
-        n_shot=options.n_shot,
-        seed=options.seed,
-        label_coding=coding,
-        n_validation=options.n_validation,
-        n_testing=options.n_testing,
-        support=options.support,
-        slices_per_volume=options.slices_per_volume,
-        **kept,
-        name=options.name or content.get("name", ""),
-        description=content.get("description", ""),
-        license=content.get("license", content.get("licence", "unknown")),
-    )
+        pairs = {**kept, "labels": labels, "label_coding": coding, "testing": items}
+        rows = _check_pairs(pairs, folder, show=False)
+    try:
+        datalist = make_datalist(
+            items,
+            labels,
+            dataset_dir=folder,
+            n_shot=options.n_shot,
+            seed=options.seed,
+            label_coding=coding,
+            n_validation=options.n_validation,
+            n_testing=options.n_testing,
+            support=options.support,
+            slices_per_volume=options.slices_per_volume,
+            **kept,
+            name=options.name or content.get("name", ""),
+            description=content.get("description", ""),
+            license=content.get("license", content.get("licence", "unknown")),
+        )
+    except ValueError:
+        _show_rows(rows)
+        raise
     if options.check:
         _check_pairs(datalist, folder)
     write_datalist(options.output, datalist)
@@ -412,16 +410,108 @@ def _datalist(options: argparse.Namespace) -> None:
     print(f"{options.output}: {sizes}; labels {datalist['labels']}, coded by {coding}; dataset_dir {folder}")
 
 
-def _check_pairs(content: dict[str, Any], folder: str, *, show: bool = True) -> None:
+def _first(*values: Any) -> Any:
+    """The first value that is given."""
+    return next((value for value in values if value is not None), None)
+
+
+def _check_sources(options: argparse.Namespace) -> None:
+    """Either two folders or a list, and no option that the list would leave without effect."""
+    folders = options.images, options.labels
+    if not (options.source or all(folders)) or (options.source and any(folders)):
+        raise ValueError("datalist: give either --images and --labels, or --from.")
+    for name in ("image_suffix", "label_suffix"):
+        if options.source and getattr(options, name):
+            raise ValueError(f"{name}: a list names its pairs; leave it out with --from.")
+    if options.output is None:
+        if not (options.source and options.check):
+            raise ValueError("output: name the JSON file to write; only --from with --check true does without.")
+        defaults = vars(_build_parser()[0].parse_args(["datalist"]))
+        others = {name for name, value in vars(options).items() if value != defaults[name]}
+        for name in sorted(others - {"source", "dataset_dir", "check", "run"}):
+            raise ValueError(f"{name}: a check of the list as it is draws nothing; leave it out or give --output.")
+
+
+def _check_list(options: argparse.Namespace) -> None:
+    """Check the sections of an existing list; write nothing."""
+    from blosam_monai.data.datalist import check_subjects, parse_datalist
+    from blosam_monai.data.pairing import SECTIONS, items_of_list
+
+    folder = options.dataset_dir or str(Path(options.source).parent)
+    content = parse_datalist(options.source)
+    if any(content[section] for section in (*SECTIONS, "training")):
+        _check_pairs(content, folder)
+        check_subjects(content, options.source, folder)
+    else:  # nnU-Net's raw folder
+        _check_pairs({**content, "testing": items_of_list(options.source)[0]}, folder)
+
+
+def _read_items(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any], str]:
+    """Labelled items, the rest of the list that they are from, and the folder that their paths are relative to."""
+    from blosam_monai.data.pairing import items_of_list, pair_folders
+
+    picked = {"subject": options.subject, "channel": options.channel}
+    if options.source:
+        return *items_of_list(options.source, **picked), options.dataset_dir or str(Path(options.source).parent)
+    folder = options.dataset_dir or "."
+    cut = {"image_suffix": options.image_suffix, "label_suffix": options.label_suffix}
+    return pair_folders(options.images, options.labels, folder, **cut, **picked), {}, folder
+
+
+def _name_labels(
+    options: argparse.Namespace, items: list[dict[str, Any]], content: dict[str, Any], folder: str, kept: dict[str, Any]
+) -> tuple[dict[str, Any], str]:
+    """Labels and their coding: as asked for, else as the list has them, else guessed from all files.
+
+    With a check, from those that can be read: the check names the others.
+    """
+    from blosam_monai.data.coding import count_values, find_coding, readable_labels
+    from blosam_monai.data.tasks import known_values
+
+    labels = _first(options.label_names, content.get("labels"))
+    coding = _first(options.label_coding, content.get("label_coding", "index") if content else None)
+    counted = options.label_names and coding in (None, "index")
+    if labels is not None and coding is not None and not counted:
+        return {"background": 0, **labels}, coding
+    images, files = ([Path(folder, item[key]) for item in items] for key in ("image", "label"))
+    if options.check:
+        sound = readable_labels(files, images=images, coding=coding, allow=kept["allow"])
+        if not sound:
+            unknown = {"labels": labels or {"foreground": 1}, "label_coding": coding or "index", "testing": items}
+            _check_pairs({**kept, **unknown}, folder)
+        images, files = ([paths[number] for number in sound] for paths in (images, files))
+    if labels is None or coding is None:
+        known = {"coding": coding, "labels": labels}
+        coding, found = find_coding(files, images=images, allow=kept["allow"], **known)
+        labels = _first(labels, found)
+    labels = {"background": 0, **labels}
+    if coding == "index" and options.label_names:
+        counts = count_values(files, coding)
+        if others := sorted(set(counts) - known_values(labels)):
+            print(f"label values that have no name are background: {', '.join(map(str, others))}")
+            own = labels["background"] if isinstance(labels["background"], list) else [labels["background"]]
+            labels["background"] = sorted({0, *own, *others})
+    return labels, coding
+
+
+def _check_pairs(content: dict[str, Any], folder: str, *, show: bool = True) -> list[Any]:
     """Read every pair of a list; print the table if asked to or if there is an error, then a ValueError."""
-    from blosam_monai.data.datalist_check import check_datalist, format_table
+    from blosam_monai.data.datalist_check import check_datalist
 
     rows = check_datalist(content, folder)
     bad = sum(bool(row.error) for row in rows)
     if show or bad:
-        print(format_table(rows))
+        _show_rows(rows)
     if bad:
         raise ValueError(f"check: {bad} of {len(rows)} pairs cannot be used, see above; no list is written.")
+    return rows
+
+
+def _show_rows(rows: list[Any]) -> None:
+    from blosam_monai.data.datalist_check import format_table
+
+    if rows:
+        print(format_table(rows))
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -21,8 +22,8 @@ import numpy as np
 from tqdm import tqdm
 
 from blosam_monai.data.geometry import SLICE_AXES, Value
-from blosam_monai.data.pairing import SECTIONS, parse_item, read_json
-from blosam_monai.data.readers import LABEL_CODINGS, case_stem, dicom, pictures
+from blosam_monai.data.pairing import SECTIONS, case_names, parse_items, read_json
+from blosam_monai.data.readers import LABEL_CODINGS, dicom, pictures, volumes
 from blosam_monai.data.supports import Case, Item, draw_halves, pick_slices, share, split_halves, survey
 from blosam_monai.data.tasks import check_values, parse_labels, task_values
 from blosam_monai.data.windows import check_window
@@ -59,10 +60,11 @@ def load_datalist(
     content = parse_datalist(path)
     values = task_values(content["labels"], tasks)
     if not content["lower"] and not content["upper"]:
-        content["lower"], content["upper"] = split_halves(content["training"], seed=seed)
+        shared = content.get("shared_subjects", False)
+        content["lower"], content["upper"] = split_halves(content["training"], seed=seed, shared_subjects=shared)
     for name in SECTIONS:
         content[name] = [{**item, "section": name} for item in content[name]]
-    _check_subjects(content, path)
+    check_subjects(content, path, dataset_dir)
     if section is not None:
         if section not in SECTIONS or not content[section]:
             raise ValueError(f"{path}: {section} is empty; choose one of {', '.join(SECTIONS)} that holds images.")
@@ -97,18 +99,46 @@ def parse_datalist(path: PathLike) -> dict[str, Any]:
     if content["label_coding"] not in LABEL_CODINGS:
         raise ValueError(f"{path}: label_coding {content['label_coding']!r} is not one of {', '.join(LABEL_CODINGS)}.")
     check_values(content["labels"], content["label_coding"])
-    check_codes(task_values(content["labels"]), content.get("snomed", {}))
-    dicom.check_flaws(content["allow"])
-    check_window(content.get("window"))
+    check_settings(content["labels"], content)
+    found = [(section, item) for section in (*SECTIONS, "training") for item in content.get(section, [])]
+    # Other lists hold unlabelled tests: there is nothing to score.
+    found = [(s, item) for s, item in found if s != "testing" or (isinstance(item, dict) and "label" in item)]
+    items = parse_items(found, path)
     for section in (*SECTIONS, "training"):
-        items = content.get(section) or []
-        if not isinstance(items, list):
-            raise ValueError(f"{path}: {section} is not a list of images.")
-        if section == "testing":  # other lists hold unlabelled tests: there is nothing to score
-            items = [item for item in items if isinstance(item, dict) and "label" in item]
-        content[section] = [parse_item(item, section, path) for item in items]
+        content[section] = [item for item, (name, _) in zip(items, found, strict=True) if name == section]
+    if content["training"] and (content["lower"] or content["upper"]):
+        raise ValueError(f"{path}: has training beside lower or upper; keep training, or the two halves.")
     _check_axis(content, path)
     return content
+
+
+def check_settings(labels: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raise where a list's ``allow``, ``snomed`` or ``window`` is not of its form.
+
+    Raises:
+        ValueError: which, and what it holds.
+    """
+    check_allow(settings.get("allow") or [])
+    snomed = settings.get("snomed") or {}
+    if not isinstance(snomed, Mapping):
+        raise ValueError(f'snomed: {snomed!r} is not tasks and codes, as {{"liver": ["10200004", "Liver"]}}.')
+    check_codes(task_values(labels), snomed)
+    check_window(settings.get("window"))
+
+
+def check_allow(allow: Any) -> None:
+    """Raise where it is no list of flaws of DICOM series.
+
+    Raises:
+        ValueError: what it is, or which name is unknown.
+    """
+    if (
+        isinstance(allow, (str, Mapping))
+        or not isinstance(allow, Collection)
+        or not all(isinstance(name, str) for name in allow)
+    ):
+        raise ValueError(f'allow: {allow!r} is not a list of names, as ["gantry_tilt"].')
+    dicom.check_flaws(allow)
 
 
 def make_datalist(
@@ -147,32 +177,33 @@ def make_datalist(
         seed: of the draw.
         n_validation: images, or slices, kept for choosing the checkpoint.
         n_testing: images or whole volumes to test on; default: all others.
-        support: regular expression on the image's stem. Supports and validation come from the images that match, the
-            others are for testing: train at one site, test at the other.
+        support: regular expression on the case's name, see ``case_names``. Supports and validation come from the
+            cases that match, the others are for testing: train at one site, test at the other.
         slice_axis: axis along which volumes are cut; default: that of ``choose_slice_axis``, if all volumes agree.
         slices_per_volume: most slices of one volume; more are taken where there are too few volumes.
         allow: flaws of DICOM series to accept, see ``read_image``.
         snomed: task -> SNOMED CT code and meaning, for DICOM SEG.
+        shared_subjects: both halves may hold slices of one subject.
         window: intensities to show, see ``blosam_monai.data.windows``.
         name, description, license: copied into the list.
 
     Raises:
         FileNotFoundError, ValueError: what cannot be read or drawn, and the remedy.
     """
-    if n_shot < 2:
-        raise ValueError(f"n_shot: {n_shot} is too few; at least 2 are needed, one for each level.")
-    if slices_per_volume < 1:
-        raise ValueError(f"slices_per_volume: {slices_per_volume} is too few; at least 1 is needed.")
+    counts = {"n_shot": (n_shot, 2), "slices_per_volume": (slices_per_volume, 1), "n_validation": (n_validation, 0)}
+    for count, (number, least) in {**counts, "n_testing": (n_testing or 0, 0)}.items():
+        if number < least:
+            raise ValueError(f"{count}: {number} is too few; at least {least} needed.")
     check_values(labels, label_coding)
-    check_codes(task_values(labels), snomed or {})
-    dicom.check_flaws(allow)
-    check_window(window)
+    check_settings(labels, {"allow": allow, "snomed": snomed, "window": window})
+    _check_images(items)
     values = task_values(labels)
     cases = [
         survey(item, dataset_dir, values, coding=label_coding, slice_axis=slice_axis, allow=allow)
         for item in tqdm(items, "reading labels")
     ]
-    from_here = [support is None or bool(re.search(support, case_stem(item["image"]))) for item in items]
+    names = case_names([item["image"] for item in items])
+    from_here = [support is None or bool(re.search(support, case)) for case in names]
     # An empty label teaches nothing.
     usable = [i for i, case in enumerate(cases) if case.n_shown and from_here[i]]
     _check_enough(cases, usable, n_shot, support)
@@ -241,25 +272,29 @@ def _find_files(content: dict[str, Any], path: PathLike, dataset_dir: PathLike, 
             item[key] = str(file)
 
 
-def _check_subjects(content: dict[str, Any], path: PathLike) -> None:
+def check_subjects(content: Mapping[str, Any], path: PathLike, dataset_dir: PathLike) -> None:
     """Neither a subject nor an image may be in two sections; slices of one image in one section are fine.
 
-    With ``shared_subjects`` D1 and D2 may share both, but no slice.
+    With ``shared_subjects`` D1 and D2 may share both, but no slice. An image is the same however its path is spelt.
+
+    Raises:
+        ValueError: what is in two sections.
     """
     shared = {"lower", "upper"} if content.get("shared_subjects") else set()
     section_of: dict[tuple[Any, ...], str] = {}
     for section in SECTIONS:
         for item in content[section]:
-            for key in ("subject", "image"):
-                first = section_of.setdefault((key, item[key]), section)
+            image = os.path.normpath(os.path.join(dataset_dir, item["image"]))
+            for key, found in (("subject", item["subject"]), ("image", image)):
+                first = section_of.setdefault((key, found), section)
                 if first != section and not {first, section} <= shared:
                     raise ValueError(
                         f"{path}: {key} {item[key]} is in {first} and in {section}; keep it in one of them."
                     )
-            slice_of_image = item["image"], item.get("slice")
+            slice_of_image = image, item.get("slice")
             if section in shared and section_of.setdefault(slice_of_image, section) != section:
-                found = f"slice {item.get('slice')} of {item['image']}"
-                raise ValueError(f"{path}: {found} is in lower and in upper; keep it in one of them.")
+                slice_name = f"slice {item.get('slice')} of {item['image']}"
+                raise ValueError(f"{path}: {slice_name} is in lower and in upper; keep it in one of them.")
 
 
 def _check_supports(content: dict[str, Any], values: dict[str, list[Value]]) -> None:
@@ -302,9 +337,13 @@ def _check_slice(item: Item, case: Case) -> None:
 
 
 def _check_axis(content: dict[str, Any], path: PathLike) -> None:
-    """A list that names slices must say along which axis they are counted."""
+    """A list that names slices of volumes must say along which axis they are counted; a stack of pages has one."""
     axis = content.get("slice_axis")
-    sliced = any("slice" in item for section in (*SECTIONS, "training") for item in content[section])
+    sliced = any(
+        "slice" in item and volumes.is_volume(item["image"])
+        for section in (*SECTIONS, "training")
+        for item in content[section]
+    )
     if (axis is not None or sliced) and axis not in SLICE_AXES:
         raise ValueError(f"{path}: slice_axis is {axis!r}; write one of {', '.join(SLICE_AXES)}.")
 
@@ -321,8 +360,17 @@ def _check_enough(cases: Sequence[Case], usable: Sequence[int], n_shot: int, sup
         raise ValueError(f"n_shot: {n_shot} asked for, {found} {kind} {which}.")
 
 
+def _check_images(items: Sequence[Item]) -> None:
+    """An image is of one subject, however its path is spelt: else it could be trained and tested on."""
+    subject_of: dict[str, str] = {}
+    for item in items:
+        first = subject_of.setdefault(os.path.normpath(item["image"]), item["subject"])
+        if first != item["subject"]:
+            raise ValueError(f"{item['image']}: is of the subjects {first} and {item['subject']}; name one.")
+
+
 def _common_axis(items: Sequence[Item], cases: Sequence[Case], asked: str | None) -> str | None:
-    """The axis along which the volumes are cut; None where there are pictures only."""
+    """The axis along which the volumes are cut; None where no image has geometry: stacks are cut as stored."""
     if all(case.size == 1 for case in cases):
         if asked is not None:
             raise ValueError(f"slice_axis: {asked} asked for, but every image is a single slice; leave it out.")
@@ -331,7 +379,9 @@ def _common_axis(items: Sequence[Item], cases: Sequence[Case], asked: str | None
     if len(first_of) > 1:
         found = ", ".join(f"{axis} (as {image})" for axis, image in sorted(first_of.items()))
         raise ValueError(f"slice_axis: the volumes were acquired along {found}; give one for all of them.")
-    return asked or next(iter(first_of), "axial")
+    if asked is not None and not first_of:
+        raise ValueError(f"slice_axis: {asked} asked for, but no image says how it lies in the patient; leave it out.")
+    return next(iter(first_of), None)
 
 
 def _split_by_subject(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ import numpy as np
 from tqdm import tqdm
 
 from blosam_monai.data.datalist import parse_datalist
-from blosam_monai.data.geometry import Image, Label, Value, choose_slice_axis, spacing, upright
-from blosam_monai.data.pairing import SECTIONS
-from blosam_monai.data.readers import case_stem, read_image, read_label
+from blosam_monai.data.geometry import SLICE_AXES, Image, Label, Value, choose_slice_axis, spacing, upright
+from blosam_monai.data.pairing import SECTIONS, case_names
+from blosam_monai.data.readers import read_image, read_label
 from blosam_monai.data.supports import Item, class_areas
-from blosam_monai.data.tasks import NUMBER_CODINGS, known_values, task_values
+from blosam_monai.data.tasks import NUMBER_CODINGS, check_names, known_values, task_values
 from blosam_monai.files import PathLike
 
 _STEM = 28  # characters of a case's name in the table
@@ -31,7 +31,7 @@ class Row:
     Attributes:
         number: of the item, from 1.
         section: of the list.
-        case: stem of the image.
+        case: its name, see ``case_names``.
         slice: number of the slice; None for a picture or a whole volume.
         size: (H, W), of a whole volume (D, H, W), upright, in voxels; () where it could not be read.
         spacing: of these axes in mm; () without geometry.
@@ -73,6 +73,7 @@ def check_datalist(datalist: PathLike | Mapping[str, Any], dataset_dir: PathLike
     content = datalist if isinstance(datalist, Mapping) else parse_datalist(datalist)
     sections = [section for section in (*SECTIONS, "training") if content.get(section)]
     items = [{**item, "section": section} for section in sections for item in content[section]]
+    items = [{**i, "case": case} for i, case in zip(items, case_names([i["image"] for i in items]), strict=True)]
     rows: list[Row] = []
     with tqdm(total=len(items), desc="checking") as bar:
         for _, same in groupby(items, key=lambda item: (item["image"], item["label"], item.get("series"))):
@@ -106,10 +107,13 @@ def format_table(rows: Sequence[Row]) -> str:
 
 def _check_pair(items: Sequence[Item], content: Mapping[str, Any], folder: Path, *, first: int) -> list[Row]:
     """A row for each of the items of one image and label, which are read once."""
-    names = [(first + place, item["section"], case_stem(item["image"])) for place, item in enumerate(items)]
+    names = [(first + place, item["section"], item["case"]) for place, item in enumerate(items)]
     try:
         image = read_image(folder / items[0]["image"], series=items[0].get("series"), allow=content.get("allow", ()))
         label = read_label(folder / items[0]["label"], content["label_coding"], image=image)
+        if isinstance(label.values, Mapping):
+            said = check_names(label.path, list(label.values), content["labels"], content["label_coding"])
+            label = replace(label, notes=(*label.notes, *said))
         foreign = _foreign(label, content)
     except (ValueError, OSError) as error:
         return [Row(*name, slice=item.get("slice"), error=str(error)) for name, item in zip(names, items, strict=True)]
@@ -128,7 +132,9 @@ def _describe(
     steps = () if image.affine is None else tuple(spacing(image.affine)[a] for a in orientation.order)
     place = item.get("slice")
     error = None
-    if place is not None and place >= size[0]:
+    if place is not None and size[0] > 1 and image.affine is not None and not content.get("slice_axis"):
+        error = f"{image.path}: has a slice, its slice_axis is None; write one of {', '.join(SLICE_AXES)}."
+    elif place is not None and place >= size[0]:
         error = f"{image.path}: slice {place} asked for, it has {size[0]} (0 to {size[0] - 1})."
     elif place is None and size[0] > 1 and item["section"] != "testing":
         error = f"{image.path}: is a volume of {size[0]} slices, name one; make the list with `blosam datalist`."

@@ -92,8 +92,8 @@ class Label:
     def mask(self, wanted: Sequence[Value]) -> np.ndarray:
         """Union of the given values or names, (D, H, W) bool; one that does not occur adds nothing."""
         if isinstance(self.values, Mapping):
-            named: dict[Value, np.ndarray] = {**self.parts, **self.values}
-            masks = [named[name] for name in wanted if name in named]
+            named = {**self.parts, **self.values}
+            masks = [named[name] for name in wanted if isinstance(name, str) and name in named]
             return np.logical_or.reduce(masks) if masks else np.zeros(self.shape, bool)
         return np.isin(self.values, [v for v in wanted if not isinstance(v, str)])
 
@@ -113,6 +113,8 @@ class Label:
             return self
         if not _overlap(self.shape, image.shape, to_label):
             raise _no_overlap(self, image)
+        if _reorders(to_label, image.shape):
+            image = replace(image, origins=None)  # drawn on the image's own grid, evenly stacked as that is
         values: np.ndarray | dict[str, np.ndarray]
         if isinstance(self.values, Mapping):
             values = {name: _resample(mask, self.affine, image) for name, mask in self.values.items()}
@@ -237,7 +239,7 @@ def _resample(values: np.ndarray, affine: np.ndarray, image: Image) -> np.ndarra
 
 
 def _overlap(shape: Sequence[int], other: Sequence[int], to_shape: np.ndarray) -> bool:
-    """Whether two grids' boxes meet, each seen along the axes of the other; the matrix leads to indices of the first."""
+    """Whether two grids' boxes meet, seen along the axes of each; the matrix leads to indices of the first."""
     for box, seen, matrix in ((shape, other, to_shape), (other, shape, np.linalg.inv(to_shape))):
         edges = [(-0.5, n - 0.5) for n in seen]
         corners = matrix[:3] @ np.array([(*corner, 1) for corner in product(*edges)]).T  # (3, 8)
@@ -283,14 +285,19 @@ def _no_overlap(label: Label, image: Image) -> ValueError:
 
 
 def _say_grid(label: Label, image: Image, to_label: np.ndarray) -> str:
+    exact = _reorders(to_label, image.shape)
+    how = "axes reordered, voxel by voxel" if exact else "resampled by nearest neighbour"
+    if image.origins is not None:
+        how += ", slice by slice"
+    return f"label of shape {_show(label.shape)} lies on another grid than its image of {_show(image.shape)}: {how}"
+
+
+def _reorders(to_label: np.ndarray, shape: tuple[int, int, int]) -> bool:
+    """Whether voxels of an image are voxels of its label, with axes in another order, reversed or cut."""
     whole = np.round(to_label)
     turns = np.abs(whole[:3, :3])
     permutes = (turns.sum(axis=0) == 1).all() and (turns.sum(axis=1) == 1).all()
-    exact = permutes and _near(to_label, whole, image.shape)
-    how = "axes reordered, voxel by voxel" if exact else "resampled by nearest neighbour"
-    if image.origins is not None:
-        how = "resampled by nearest neighbour, slice by slice"
-    return f"label of shape {_show(label.shape)} lies on another grid than its image of {_show(image.shape)}: {how}"
+    return bool(permutes and _near(to_label, whole, shape))
 
 
 def _near(matrix: np.ndarray, other: np.ndarray, shape: tuple[int, int, int]) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from blosam_monai.data.geometry import Label, Orientation, Value, choose_slice_axis, upright
+from blosam_monai.data.geometry import SLICE_AXES, Label, Orientation, Value, choose_slice_axis, upright
 from blosam_monai.data.readers import pictures, read_image, read_label
 from blosam_monai.files import PathLike
 
@@ -73,7 +73,8 @@ def survey(
         allow: see ``read_image``.
 
     Raises:
-        FileNotFoundError, ValueError: as the readers; or the item names a slice that its image does not have.
+        FileNotFoundError, ValueError: as the readers; or the item names a slice that its image does not have, or of a
+            volume with geometry without the axis it is counted along.
     """
     path = Path(folder, item["image"])
     orientation, axis = AS_STORED, None
@@ -85,6 +86,8 @@ def survey(
         if image.affine is not None:
             orientation = upright(image, slice_axis or choose_slice_axis(image))
             axis = None if 1 in image.shape else slice_axis or choose_slice_axis(image)
+            if axis and slice_axis is None and "slice" in item:
+                raise ValueError(f"{path}: has a slice, its slice_axis is None; write one of {', '.join(SLICE_AXES)}.")
     areas = class_areas(label, values, coding=coding, orientation=orientation)
     size = len(areas)
     if "slice" in item:
@@ -116,11 +119,16 @@ def class_areas(
     return np.array(rows, dtype=np.int64)
 
 
-def split_halves(items: Sequence[Item], *, seed: int) -> tuple[list[Item], list[Item]]:
+def split_halves(items: Sequence[Item], *, seed: int, shared_subjects: bool = False) -> tuple[list[Item], list[Item]]:
     """Two halves, D1 and D2, disjoint by subject, filled in random order; of an odd number of images D2 has one more.
 
-    Where subjects have several images each, D1 takes those that still fit into half of the images (at least one).
+    Where subjects have several images each, D1 takes those that still fit into half of the images (at least one). With
+    ``shared_subjects`` the halves are disjoint by item only.
     """
+    if shared_subjects:
+        order = np.random.default_rng(seed).permutation(len(items)).tolist()
+        first = set(order[: len(items) // 2])
+        return [items[i] for i in sorted(first)], [item for i, item in enumerate(items) if i not in first]
     subjects = sorted({item["subject"] for item in items})
     order = np.random.default_rng(seed).permutation(len(subjects))
     lower: list[Item] = []

@@ -25,13 +25,15 @@ def task_values(labels: Labels, tasks: Sequence[str] | None = None) -> dict[str,
     {'vessel': ['#ff0000', '#0000ff']}
 
     Raises:
-        ValueError: a task that is not among the labels, none at all, or one twice.
+        ValueError: a task that is not among the labels, none at all, or one twice; labels without a class.
     """
     values = {
         name: [_plain(v) for v in ([value] if isinstance(value, (int, str)) else value)]
         for name, value in labels.items()
     }
     values = {name: wanted for name, wanted in values.items() if name != "background" and wanted != [0]}
+    if not values:
+        raise ValueError('labels: no class beside background; give names and values, as {"background": 0, "lung": 1}.')
     chosen = list(values) if tasks is None else [tasks] if isinstance(tasks, str) else list(tasks)
     unknown = [name for name in chosen if name not in values]
     if unknown or not chosen or len(set(chosen)) < len(chosen):
@@ -116,13 +118,14 @@ def parse_labels(labels: Any) -> dict[str, Any]:
     {'background': 0, 'lung': 1}
 
     Raises:
-        ValueError: anything else.
+        ValueError: anything else, or two values of one name in Decathlon's form.
     """
     if isinstance(labels, dict) and labels and all(str(k).isdigit() and isinstance(v, str) for k, v in labels.items()):
+        if len(set(labels.values())) < len(labels):
+            raise ValueError(f'labels: {labels!r} has one name twice; write a union, as {{"lung": [1, 2]}}.')
         labels = {name: int(value) for value, name in labels.items()}
     valid = isinstance(labels, dict) and all(
-        isinstance(v, (int, str)) or (isinstance(v, list) and v and all(isinstance(i, (int, str)) for i in v))
-        for v in labels.values()
+        _is_value(v) or (isinstance(v, list) and v and all(map(_is_value, v))) for v in labels.values()
     )
     if not valid:
         raise ValueError(f'labels: {labels!r} is not names and values, as {{"background": 0, "lung": 1}}.')
@@ -133,14 +136,24 @@ def check_values(labels: Labels, coding: str) -> None:
     """Raise where values are not of the kind that a coding has: numbers, or names of segments, colours or files.
 
     Raises:
-        ValueError: the first label of the other kind.
+        ValueError: the first label of the other kind; or several classes, of which ``threshold`` knows one.
     """
     wanted = int if coding in NUMBER_CODINGS else str
-    for name, values in task_values(labels).items():
+    classes = task_values(labels)
+    if coding == "threshold" and len(classes) != 1:
+        raise ValueError(
+            f"label_coding: threshold tells one class from background, the list names {len(classes)}; name one, or "
+            "choose another coding."
+        )
+    for name, values in classes.items():
         for value in values:
             if not isinstance(value, wanted):
                 kind = "numbers" if wanted is int else 'names, as "Liver" or "#ff0000"'
                 raise ValueError(f"labels: {name} is {value!r}, the values of label_coding {coding!r} are {kind}.")
+
+
+def _is_value(value: Any) -> bool:
+    return isinstance(value, (int, str)) and not isinstance(value, bool)
 
 
 def _plain(value: Value) -> Value:

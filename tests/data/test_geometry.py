@@ -274,6 +274,94 @@ def test_without_geometry_the_shape_decides():
         label.on(Image("x.png", np.zeros((1, 16, 12, 3))))
 
 
+def test_on_an_image_that_does_not_say_where_it_lies_the_shape_decides_too():
+    image = Image("x.nii", np.zeros(SHAPE), affine_of("SPL", origin=(0, 0, 0)), placed=False)
+    label = Label("y.nii", blobs(), affine_of("SAR", origin=(500, 40, 12))).on(image)
+    assert np.array_equal(label.values, blobs())
+    assert np.array_equal(label.affine, image.affine)
+    assert label.notes == ("the image does not say where it lies: the label is laid on it by its shape",)
+    with pytest.raises(ValueError, match=r"^y\.nii: label has shape \(4, 12, 16\), its image \(5, 12, 16\); export"):
+        Label("y.nii", blobs()[1:], affine_of("SPL")).on(image)
+
+
+@pytest.mark.parametrize("letters", ["SPL", "SAR", "PIL"])
+@pytest.mark.parametrize("missing", [(7,), (3, 4, 5)])
+def test_a_label_is_exact_on_every_slice_of_an_image_with_gaps(letters, missing):
+    """Slices of 20 every 2 mm, some of which the image lacks; the label has all."""
+    even = affine_of("SPL", (2, 1, 1))
+    kept = [d for d in range(20) if d not in missing]
+    origins = np.array([(even @ (d, 0, 0, 1))[:3] for d in kept])
+    mean = even.copy()
+    mean[:3, 0] = (origins[-1] - origins[0]) / (len(kept) - 1)
+    image = Image("x", np.zeros((len(kept), 6, 7)), mean, origins=origins)
+    whole = np.random.default_rng(0).integers(0, 3, (20, 6, 7)).astype(np.uint8)
+    to_file = np.linalg.inv(affine_of(letters, (1, 1, 1), (0, 0, 0))) @ even  # the label in the order of another file
+    order = [int(np.flatnonzero(row)[0]) for row in np.round(to_file[:3, :3])]
+    flipped = [axis for axis in range(3) if to_file[axis, order[axis]] < 0]
+    stored = np.flip(whole.transpose(order), flipped)
+    affine = even[:, [*order, 3]].copy()
+    for axis in flipped:
+        affine[:3, 3] += affine[:3, axis] * (stored.shape[axis] - 1)
+        affine[:3, axis] *= -1
+    label = Label("y", stored, affine).on(image)
+    assert np.array_equal(label.values, whole[kept])
+    assert label.notes[0].endswith("resampled by nearest neighbour, slice by slice")
+    assert len(label.notes) == 1
+
+
+def test_masks_by_name_are_exact_on_slices_with_gaps_too():
+    even = affine_of("SPL", (2, 1, 1), (0, 0, 0))
+    masks = np.random.default_rng(1).random((4, 6, 7)) < 0.5
+    mean = affine_of("SPL", (3, 1, 1), (0, 0, 0))
+    image = Image("x", np.zeros((3, 6, 7)), mean, origins=np.array([(0, 0, z) for z in (0, 4, 6)], float))
+    label = Label("y", {"a": masks}, even, parts={"a_1": masks}).on(image)
+    assert np.array_equal(label.mask(["a"]), masks[[0, 2, 3]])
+    assert np.array_equal(label.mask(["a_1"]), masks[[0, 2, 3]])
+
+
+def test_a_label_drawn_on_the_evenly_stacked_image_follows_its_slices():
+    """As of a series with gaps that another program converted to NIfTI: slices of the mean step, rows reversed."""
+    mean = affine_of("SPL", (3, 1, 1), (0, 0, 0))
+    image = Image("x", np.zeros((3, 6, 7)), mean, origins=np.array([(0, 0, z) for z in (0, 4, 6)], float))
+    drawn = np.random.default_rng(1).integers(0, 3, (3, 6, 7)).astype(np.uint8)
+    label = Label("y", drawn[:, ::-1], affine_of("SAL", (3, 1, 1), (0, 5, 0))).on(image)
+    assert np.array_equal(label.values, drawn)
+    assert label.notes[0].endswith("axes reordered, voxel by voxel")
+
+
+def test_what_is_cut_off_and_what_vanishes_is_said():
+    """Of 4 slices of 1 mm with 10 voxels each, an image of two slices of 2 mm holds 0 and 2, one of 1 mm 0 and 1."""
+    values = np.zeros((4, 6, 7), np.uint8)
+    values[:, 1, :5] = values[:, 2, :5] = 1
+    values[1, 4, 4] = 2  # between the slices of the image
+    image = Image("x", np.zeros((2, 6, 7)), affine_of("SPL", (2, 1, 1), (0, 0, 0)))
+    label = Label("y", values, affine_of("SPL", (1, 1, 1), (0, 0, 0))).on(image)
+    assert label.counts() == {1: 20}
+    assert label.notes[1:] == ("nothing of 2 in the label lands on the image's voxels",)
+    cut = Image("x", np.zeros((2, 6, 7)), affine_of("SPL", (1, 1, 1), (0, 0, 0)))
+    moved = Label("y", values, affine_of("SPL", (1, 1, 1), (0, 0, 0))).on(cut)
+    assert moved.counts() == {1: 20, 2: 1}
+    assert moved.notes[1:] == ("49% of the label lie outside its image: cut off",)  # 20 of 41 voxels
+
+
+def test_a_label_that_falls_between_coarse_voxels_is_refused_for_that():
+    values = np.zeros((9, 6, 7), np.uint8)
+    values[2, 3, 3] = 1  # 2 mm; the image has slices at 0 and 5 mm
+    label = Label("y", values, affine_of("SPL", (1, 1, 1), (0, 0, 0)))
+    with pytest.raises(ValueError, match=r"^y: nothing of the label lands on the coarser grid of its image x; draw it"):
+        label.on(Image("x", np.zeros((2, 6, 7)), affine_of("SPL", (5, 1, 1), (0, 0, 0))))
+
+
+@pytest.mark.parametrize("angles", [(0, 0, 0), (0, 0, 30)])
+def test_an_empty_label_must_lie_on_its_image_as_well(angles):
+    image = Image("x", np.zeros(SHAPE), affine_of("SPL"))
+    empty = Label("y", np.zeros((4, 9, 9), np.uint8), affine_of("SPL", angles=angles))
+    assert empty.on(image).counts() == {}
+    far = Label("y", np.zeros((4, 9, 9), np.uint8), affine_of("SPL", origin=(-90, 40, 200), angles=angles))
+    with pytest.raises(ValueError, match="the label does not overlap its image x; check that they pair"):
+        far.on(image)
+
+
 def test_labels_count_and_select_by_value_or_name():
     index, named = (
         Label("y", blobs()),

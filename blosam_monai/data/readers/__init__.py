@@ -47,12 +47,14 @@ def read_label(path: PathLike, coding: str = "index", *, image: Image | None = N
         coding: ``index``: values as stored (of a palette picture, its indices, but of a GIF its gray values);
             ``threshold``: 1 where a picture is brighter than 127 of 255, or a volume than half of its maximum, else 0;
             ``colour``: names are the colours ``#rrggbb``; ``segments``: a DICOM SEG or RTSTRUCT, names are its segment
-            labels or ROI names; ``files``: a folder with one mask a class or instance, names are the files' stems.
+            labels or ROI names; ``files``: a folder with one mask a class or instance, names are the files' stems
+            without a number at the end.
         image: the image it belongs to; RTSTRUCT needs it.
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: unreadable, fractional values, an unknown coding, or no overlap with the image.
+        ValueError: unreadable, fractional values, an unknown coding or one of other files, or no overlap with the
+            image.
     """
     path = Path(path)
     if coding not in LABEL_CODINGS:
@@ -60,6 +62,11 @@ def read_label(path: PathLike, coding: str = "index", *, image: Image | None = N
     _check_exists(path)
     if coding == "segments":
         return dicom_labels.read_segments(path, image=image)
+    if dicom_labels.is_segments(path):
+        raise ValueError(
+            f'{path}: is a DICOM SEG or RTSTRUCT, not a label of label_coding {coding!r}; write "label_coding": '
+            '"segments" in the data list.'
+        )
     if coding == "files":
         label = pictures.read_label_folder(path)
     elif volumes.is_volume(path):
@@ -72,13 +79,14 @@ def read_label(path: PathLike, coding: str = "index", *, image: Image | None = N
 def list_cases(path: PathLike) -> dict[Path, str]:
     """The cases at a path and their names, sorted: a file; the images of a folder and the DICOM series below it.
 
-    A folder of DICOM files is one case, unless each is a series of its own, as X-rays are. A case is named by its stem;
+    A folder of DICOM images is one case, unless none of its series is a stack of slices, as of X-rays: then each file
+    is one. A case is named by its stem;
     series in folders of the same name, as ``patient_1/CT`` and ``patient_2/CT``, by their way from the path
     (``patient_1_CT``).
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: no image, or two of the same name.
+        ValueError: no image, DICOM images beside other images or above other series, or two cases of the same name.
     """
     path = Path(path)
     _check_exists(path)
@@ -86,16 +94,17 @@ def list_cases(path: PathLike) -> dict[Path, str]:
         return {path: case_stem(path)}
     files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))  # macOS leaves ._ files
     cases = [p for p in files if pictures.is_picture(p) or volumes.is_volume(p)]
-    folders: list[Path] = []
-    if not cases and any(dicom.is_dicom(p) for p in files):
-        held = dicom.list_series(path)
-        films = len(held) > 1 and all(len(series.files) == 1 for series in held)  # X-rays
-        cases = sorted(Path(series.files[0]) for series in held) if films else [path]
-    else:
-        folders = dicom.list_folders(path)
-        loose = [p for p in files if p not in cases and dicom.is_dicom(p)]
-        if loose:
-            raise ValueError(f"{path}: holds DICOM files, as {loose[0].name}, beside other images; give each a folder.")
+    folders = dicom.list_folders(path)
+    loose = next((p for p in files if p not in cases and dicom.is_dicom(p)), None)
+    if loose and cases:
+        raise ValueError(f"{path}: holds DICOM files, as {loose.name}, beside other images; give each a folder.")
+    if loose and not folders:
+        cases = _list_films(path)
+    elif loose and dicom.holds_images(path):
+        raise ValueError(
+            f"{path}: holds DICOM images itself, as {loose.name}, and series in folders, as "
+            f"{folders[0].relative_to(path)}; give its own a folder, or name one of them."
+        )
     if not cases and not folders:
         known = " ".join((*pictures.SUFFIXES, *volumes.SUFFIXES))
         raise ValueError(f"{path}: holds no image ({known}, DICOM).")
@@ -107,6 +116,13 @@ def list_cases(path: PathLike) -> dict[Path, str]:
         if first_of.setdefault(name, case) != case:
             raise ValueError(f"{case}: has the same stem as {first_of[name].name}; rename or remove one of them.")
     return dict(sorted(names.items()))
+
+
+def _list_films(path: Path) -> list[Path]:
+    """The files of a folder of X-rays, each a case; else the folder, whose series is one."""
+    held = dicom.list_series(path)
+    films = sorted(file for series in held for file in series.files)
+    return [path] if len(films) == 1 or any(series.is_stack for series in held) else films
 
 
 def case_stem(path: PathLike) -> str:

@@ -29,6 +29,11 @@ MESSAGE_LENGTH = 120  # characters quoted of a library's error
 _CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR")
 
 
+def is_segments(path: PathLike) -> bool:
+    """Whether a path is a DICOM SEG or RTSTRUCT file."""
+    return _sop_class(path) in SEGMENT_FILES
+
+
 def read_segments(path: PathLike, *, image: Image | None = None) -> Label:
     """Read the segments of a DICOM SEG, or the regions of an RTSTRUCT, as masks by name.
 
@@ -356,7 +361,8 @@ def _read_structures(dataset: Dataset, path: Path, image: Image) -> Label:
     planes = _planes_of(image)
     if planes is None or image.affine is None:
         raise ValueError(f"{path}: {image.path} has no position in the patient to lay contours on; use masks instead.")
-    thickness = abs(float(planes.heights(image.affine[:3, 0])))  # mm from slice to slice along the normal
+    gaps = np.diff(planes.heights(planes.origins)) if len(planes.origins) > 1 else planes.heights(image.affine[:3, 0])
+    thickness = float(np.median(np.abs(gaps)))  # mm from slice to slice along the normal, where none is missing
     names = _names((int(roi.ROINumber), str(roi.get("ROIName", ""))) for roi in dataset.StructureSetROISequence)
     masks = {name: np.zeros(image.shape, bool) for name in names.values()}
     outside, total, skipped = 0, 0, dict[str, int]()

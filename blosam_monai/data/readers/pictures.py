@@ -104,7 +104,9 @@ def read_label_folder(path: PathLike) -> Label:
             continue
         stem = case_stem(file)
         if stem in parts:
-            raise ValueError(f"{file}: has the same stem as {Path(parts[stem].path).name}; rename or remove one of them.")
+            raise ValueError(
+                f"{file}: has the same stem as {Path(parts[stem].path).name}; rename or remove one of them."
+            )
         parts[stem] = part
         _check_same_grid(part, next(iter(parts.values())))
     if not parts:
@@ -119,11 +121,16 @@ def _unite(path: Path, parts: dict[str, Label]) -> Label:
         cut = re.sub(r"[_-]\d+$", "", stem)
         stems_of.setdefault(stem if cut in parts else cut, []).append(stem)
     masks = {stem: part.mask([1]) for stem, part in parts.items()}
-    values = {name: np.logical_or.reduce([masks[s] for s in stems]) for name, stems in stems_of.items()}
-    notes = [f"{len(stems)} masks are united as {name!r}: {_list(stems)}" for name, stems in stems_of.items() if stems[1:]]
+    values = {
+        name: masks[stems[0]] if len(stems) == 1 else np.logical_or.reduce([masks[stem] for stem in stems])
+        for name, stems in stems_of.items()
+    }
+    notes = [
+        f"{len(stems)} masks are united as {name!r}: {_list(stems)}" for name, stems in stems_of.items() if stems[1:]
+    ]
     first = next(iter(parts.values()))
     numbered = {stem: mask for stem, mask in masks.items() if stem not in values}
-    return Label(str(path), values, first.affine, (*first.notes, *notes), numbered)
+    return Label(str(path), values, first.affine, tuple(notes), numbered)
 
 
 def _list(names: list[str]) -> str:

@@ -252,9 +252,7 @@ def write_two_series(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def test_several_series_are_listed_and_none_is_taken(tmp_path):
     write_two_series(tmp_path)
-    listed = (
-        "holds 2 series: 'arterial phase' 6 x 5 x 4 UID 1.2.3; 'venous phase' 7 x 8 x 3"
-    )
+    listed = "holds 2 series: 'arterial phase' 6 x 5 x 4 UID 1.2.3; 'venous phase' 7 x 8 x 3"
     with pytest.raises(ValueError, match=listed) as caught:
         read_dicom(tmp_path)
     assert "Verylongname" not in str(caught.value)
@@ -371,6 +369,37 @@ def test_folders_of_images_are_found_at_any_depth(tmp_path):
     (tmp_path / "p3").mkdir()
     (tmp_path / "p3" / "note.txt").write_text("nothing")
     assert list_folders(tmp_path) == [tmp_path / name for name in ("p1/ct", "p1/ct/deeper", "p2/ct")]
+
+
+def test_a_folder_whose_first_files_are_no_images_is_found(tmp_path):
+    for number in range(20):
+        (tmp_path / "ct" / f"a_{number:02d}.txt").parent.mkdir(exist_ok=True)
+        (tmp_path / "ct" / f"a_{number:02d}.txt").write_text("note")
+    write_series(tmp_path / "ct", make_values((1, 6, 5)))
+    assert list_folders(tmp_path) == [tmp_path / "ct"]
+
+
+def test_linked_folders_are_followed_once(tmp_path):
+    write_series(tmp_path / "disk" / "ct", make_values((1, 6, 5)))
+    root = tmp_path / "study"
+    (root / "p1").mkdir(parents=True)
+    (root / "p1" / "ct").symlink_to(tmp_path / "disk" / "ct")
+    (root / "p1" / "back").symlink_to(root)
+    write_series(root / "p2", make_values((1, 6, 5)))
+    (root / "a_link_to_p2").symlink_to(root / "p2")
+    assert list_folders(root) == [root / "p1" / "ct", root / "p2"]
+
+
+@pytest.mark.parametrize("how", [{"drop": [2]}, {"offsets": [0, 2, 4, 7, 9, 11]}], ids=["missing", "uneven"])
+def test_slices_that_the_affine_misses_are_given_where_they_lie(tmp_path, how):
+    files = write_series(tmp_path, make_values((6, 6, 5)), orientation=OBLIQUE, position=(5, 6, 7), **how)
+    positions = [pydicom.dcmread(file).ImagePositionPatient for file in files]
+    np.testing.assert_allclose(read_dicom(tmp_path, allow=FLAWS).origins, positions)
+
+
+def test_slices_on_the_affine_are_not_given_one_by_one(tmp_path):
+    write_series(tmp_path, make_values(), tilt=0.5)
+    assert read_dicom(tmp_path, allow=FLAWS).origins is None
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -16,7 +17,7 @@ from pydicom.uid import (
 
 from blosam_monai.data.readers import read_image, read_label
 from blosam_monai.data.readers.dicom_labels import LABEL_MAP, read_segments
-from tests.data.dicom_files import AXIAL, CORONAL, OBLIQUE, SAGITTAL, write_frames, write_series
+from tests.data.dicom_files import AXIAL, CORONAL, OBLIQUE, SAGITTAL, write_enhanced, write_frames, write_series
 
 H, W = 5, 7  # 35 pixels: frames of a bit-packed file do not begin with a byte
 REVERSED = (1, 0, 0, 0, -1, 0)  # axial, columns run to the front: the normal points to the feet
@@ -546,6 +547,21 @@ def test_of_contours_drawn_closer_than_slices_the_nearest_counts(tmp_path):
     assert read_segments(path, image=image).values["cord"].sum(axis=(1, 2)).tolist() == [0, 9, 0]
 
 
+def test_of_planes_equally_far_from_a_slice_the_lower_counts(tmp_path):
+    """Slices at 0, 3 and 6 mm; 16 pixels drawn at 2.5 mm, 9 at 3.5 mm."""
+    image = make_image(tmp_path / "ct", (3, 16, 16), spacing=(3, 1, 1))
+    contours = [square(2.5, 5.5, 3.5), square(2.5, 6.5, 2.5)]
+    label = read_segments(write_structures(tmp_path / "rs.dcm", {"cord": contours}), image=image)
+    assert label.values["cord"].sum(axis=(1, 2)).tolist() == [0, 16, 0]
+
+
+def test_a_contour_on_a_missing_slice_is_not_put_on_its_neighbour(tmp_path):
+    """Of slices every 2 mm those at 2, 4 and 6 mm are missing: 0, 8, 10, 12 and 14 mm are there, 3.5 mm on average."""
+    image = make_image(tmp_path / "ct", (8, 16, 16), drop=(1, 2, 3))
+    path = write_structures(tmp_path / "rs.dcm", {"cord": [square(2.5, 6.5, z) for z in (6.5, 12.0)]})
+    assert read_segments(path, image=image).values["cord"].any(axis=(1, 2)).tolist() == [0, 0, 0, 1, 0]
+
+
 def test_contours_across_the_slices_are_refused(tmp_path):
     image = make_image(tmp_path / "ct", (3, 16, 16))
     sagittal = square(0.5, 3.5)[:, [2, 0, 1]] + np.array((5, 0, 0))
@@ -585,6 +601,68 @@ def test_contours_beside_the_image_are_refused(tmp_path):
     path = write_structures(tmp_path / "rs.dcm", {"cord": [square(100, 110)]})
     with pytest.raises(ValueError, match="hold no pixel of its image"):
         read_segments(path, image=image)
+
+
+OFFSETS = (0, 2, 6, 8, 10, 16)  # of slices every 2 mm, those at 4, 12 and 14 mm are missing
+
+
+def make_gaps(path: Path):
+    write_enhanced(path, noise(6, 16, 16).astype(np.int16), offsets=OFFSETS)
+    return read_image(path, allow=("missing_slices",))
+
+
+def test_contours_find_the_frames_of_an_enhanced_file_with_gaps(tmp_path):
+    image = make_gaps(tmp_path / "ct.dcm")
+    contours = [square(2.5, 6.5 + d, z) for d, z in enumerate(OFFSETS)]  # 4 x 4 pixels, 5 x 5, ...
+    label = read_segments(write_structures(tmp_path / "rs.dcm", {"cord": contours}), image=image)
+    assert label.values["cord"].sum(axis=(1, 2)).tolist() == [16, 25, 36, 49, 64, 81]
+
+
+def test_a_seg_finds_the_frames_of_an_enhanced_file_with_gaps(tmp_path):
+    image = make_gaps(tmp_path / "ct.dcm")
+    masks = noise(6, 16, 16, seed=1)
+    frames = [(1, (0, 0, z), mask) for z, mask in zip(OFFSETS, masks, strict=True)]
+    label = read_segments(write_seg(tmp_path / "seg.dcm", frames[::-1]), image=image)
+    assert np.array_equal(label.values["liver"], masks)
+
+
+@pytest.mark.parametrize("drop", [(3,), (2, 6, 7)])
+def test_a_nifti_label_is_exact_on_the_slices_of_a_series_with_gaps(tmp_path, drop):
+    image = make_image(tmp_path / "ct", (10, H, W), drop=drop)
+    masks = noise(10, H, W, seed=1)
+    nibabel.save(nibabel.Nifti1Image(masks.T.astype(np.uint8), np.diag([-1, -1, 2, 1])), tmp_path / "label.nii")
+    label = read_label(tmp_path / "label.nii", image=image)
+    assert np.array_equal(label.values, masks[[d for d in range(10) if d not in drop]])
+
+
+@pytest.mark.parametrize("offsets", [(0, 2, 3, 7, 9), (0, 1, 5, 6, 10)])
+def test_a_fine_label_is_exact_on_uneven_slices(tmp_path, offsets):
+    image = make_image(tmp_path / "ct", (5, H, W), offsets=offsets)
+    masks = noise(11, H, W, seed=1)  # one every mm
+    nibabel.save(nibabel.Nifti1Image(masks.T.astype(np.uint8), np.diag([-1, -1, 1, 1])), tmp_path / "label.nii")
+    assert np.array_equal(read_label(tmp_path / "label.nii", image=image).values, masks[list(offsets)])
+
+
+def without_orientation(path: Path):
+    volume = nibabel.Nifti1Image(noise(4, H, W).T.astype(np.int16), None)
+    volume.set_qform(None, 0)
+    volume.set_sform(None, 0)
+    nibabel.save(volume, path)
+    return read_image(path)
+
+
+def test_structures_on_a_volume_without_orientation_are_refused(tmp_path):
+    path = write_structures(tmp_path / "rs.dcm", {"cord": [square(2, 6)]})
+    with pytest.raises(ValueError, match=r"x\.nii has no position in the patient to lay contours on"):
+        read_segments(path, image=without_orientation(tmp_path / "x.nii"))
+
+
+def test_a_seg_is_laid_on_a_volume_without_orientation_by_its_shape(tmp_path):
+    masks = noise(4, H, W, seed=1)
+    path = write_seg(tmp_path / "seg.dcm", [(1, (70, -30, 5 + 2 * d), mask) for d, mask in enumerate(masks)])
+    label = read_segments(path, image=without_orientation(tmp_path / "x.nii"))
+    assert np.array_equal(label.values["liver"], masks)
+    assert "laid on it by its shape" in label.notes[0]
 
 
 def test_structures_without_their_image_are_refused(tmp_path):

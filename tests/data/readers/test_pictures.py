@@ -453,6 +453,34 @@ def test_a_folder_of_masks_gives_a_class_a_stem_and_unites_instances(tmp_path):
     assert np.array_equal(label.mask(["polyp"]), (LEFT | RIGHT)[None].astype(bool))
     assert np.array_equal(label.mask(["instrument"]), BOTH[None].astype(bool))  # overlaps both of them
     assert label.counts() == {"polyp": 2 * 7 * 7, "instrument": 7 * 10}
+    assert label.notes == ("2 masks are united as 'polyp': polyp-02, polyp_1",)
+
+
+def test_a_numbered_mask_is_found_by_its_full_stem(tmp_path):
+    """Each box has 7 x 7 pixels."""
+    save(tmp_path / "class_1.png", Image.fromarray(LEFT * 255))
+    save(tmp_path / "class_2.png", Image.fromarray(RIGHT * 255))
+    save(tmp_path / "lobe_1.png", Image.fromarray(LEFT * 255))
+    label = read_label_folder(tmp_path)
+    assert np.array_equal(label.mask(["class_1"])[0], LEFT)
+    assert np.array_equal(label.mask(["class_2"])[0], RIGHT)
+    assert np.array_equal(label.mask(["lobe_1"]), label.mask(["lobe"]))
+    assert label.counts() == {"class": 2 * 7 * 7, "lobe": 7 * 7}
+
+
+def test_a_numbered_mask_beside_one_of_its_name_is_not_united_with_it(tmp_path):
+    save(tmp_path / "polyp.png", Image.fromarray(LEFT * 255))
+    save(tmp_path / "polyp_1.png", Image.fromarray(RIGHT * 255))
+    label = read_label_folder(tmp_path)
+    assert label.counts() == {"polyp": 7 * 7, "polyp_1": 7 * 7}
+    assert label.notes == ()
+
+
+def test_masks_of_one_stem_are_refused(tmp_path):
+    save(tmp_path / "polyp.png", Image.fromarray(LEFT * 255))
+    save(tmp_path / "polyp.tif", Image.fromarray(RIGHT * 255))
+    with pytest.raises(ValueError, match=r"polyp\.tif: has the same stem as polyp\.png; rename or remove one of them"):
+        read_label_folder(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["1.png", "t1.png", "lobe_2b.png"])

@@ -6,6 +6,7 @@ import nibabel
 import numpy as np
 import pytest
 from PIL import Image
+from pydicom.uid import RTStructureSetStorage, SegmentationStorage
 
 from blosam_monai.data.readers import list_cases, read_image, read_label
 from tests.data.dicom_files import write_series
@@ -59,6 +60,31 @@ def test_x_rays_in_one_folder_are_a_case_each(tmp_path):
     assert list(list_cases(tmp_path / "all").values()) == ["film_0", "film_1", "film_2"]
 
 
+@pytest.mark.parametrize("singles", [0, 6])
+def test_films_of_one_series_without_positions_are_a_case_each(tmp_path, singles):
+    nowhere = {"ImagePositionPatient": None, "ImageOrientationPatient": None}
+    for number in range(singles):
+        write_series(tmp_path, VALUES[:1], modality="CR", names=[f"film_{number}.dcm"])
+    write_series(tmp_path, VALUES[:2], modality="CR", names=["pa.dcm", "lateral.dcm"], elements=nowhere)
+    expected = [*(f"film_{number}" for number in range(singles)), "lateral", "pa"]
+    assert list(list_cases(tmp_path).values()) == expected
+
+
+def test_slices_whose_positions_were_removed_stay_one_case(tmp_path):
+    """Reading it says what is missing."""
+    write_series(tmp_path, VALUES, elements={"ImagePositionPatient": None, "ImageOrientationPatient": None})
+    assert list(list_cases(tmp_path)) == [tmp_path]
+
+
+def test_images_above_other_series_are_refused_naming_both(tmp_path):
+    write_series(tmp_path, VALUES)
+    write_series(tmp_path / "p1" / "ct", VALUES)
+    with pytest.raises(
+        ValueError, match=r"holds DICOM images itself, as slice_000\.dcm, and .* folders, as p1.ct; give"
+    ):
+        list_cases(tmp_path)
+
+
 def test_two_cases_of_one_name_are_refused(tmp_path):
     save_volume(tmp_path / "a.nii.gz")
     save_picture(tmp_path / "a.png")
@@ -86,6 +112,19 @@ def test_a_series_asked_for_of_a_file_that_has_none_is_refused(tmp_path):
 def test_a_label_coding_that_is_none_is_refused(tmp_path):
     with pytest.raises(ValueError, match="'onehot' is not one of index, threshold, colour, segments, files"):
         read_label(save_picture(tmp_path / "x.png"), "onehot")
+
+
+@pytest.mark.parametrize("coding", ["index", "threshold", "colour", "files"])
+@pytest.mark.parametrize("kind", [SegmentationStorage, RTStructureSetStorage], ids=["SEG", "RTSTRUCT"])
+def test_segments_of_dicom_read_with_another_coding_name_theirs(tmp_path, kind, coding):
+    (file,) = write_series(tmp_path, VALUES[:1], elements={"SOPClassUID": kind})
+    with pytest.raises(ValueError, match=r'is a DICOM SEG or RTSTRUCT, not .*; write "label_coding": "segments"'):
+        read_label(file, coding)
+
+
+def test_a_file_is_no_folder_of_masks(tmp_path):
+    with pytest.raises(ValueError, match=r"x\.png: is a file; label_coding files reads a folder of masks"):
+        read_label(save_picture(tmp_path / "x.png"), "files")
 
 
 def test_a_text_file_is_refused_in_one_line(tmp_path):

@@ -154,6 +154,23 @@ def test_a_file_without_orientation_gives_voxel_sizes_and_says_so(tmp_path):
     assert image.notes == ("no geometry: voxel sizes only",)
 
 
+def test_only_an_image_with_orientation_says_where_it_lies(tmp_path):
+    path = save_nifti(tmp_path / "x.nii", voxels())
+    assert read_volume(path).placed
+    assert not read_volume(edit_header(path, qform_code=0, sform_code=0)).placed
+
+
+def test_a_real_label_fits_its_image_also_without_the_image_s_orientation(real_data, tmp_path):
+    root = real_data / "msd_hippocampus"
+    stored = nibabel.load(root / "imagesTr" / "hippocampus_001.nii.gz")
+    path = tmp_path / "image.nii"
+    nibabel.save(stored, path)
+    image = read_volume(edit_header(path, qform_code=0, sform_code=0))
+    label = read_label_volume(root / "labelsTr" / "hippocampus_001.nii.gz", "index").on(image)
+    expected = np.asarray(nibabel.load(root / "labelsTr" / "hippocampus_001.nii.gz").dataobj).T
+    assert np.array_equal(label.values, expected)
+
+
 def test_a_label_without_orientation_has_no_affine(tmp_path):
     path = edit_header(save_nifti(tmp_path / "x.nii", voxels()), qform_code=0, sform_code=0)
     assert read_label_volume(path, "index").affine is None
