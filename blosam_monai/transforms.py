@@ -121,7 +121,8 @@ class LoadCased(Transform):
         else:
             if isinstance(label.values, Mapping):
                 label = replace(
-                    label, notes=(*label.notes, *check_names(path, list(label.values), self.labels, self.coding))
+                    label,
+                    notes=(*label.notes, *check_names(path, [*label.values, *label.parts], self.labels, self.coding)),
                 )
             else:
                 self._check_known(path, label.counts())

@@ -9,6 +9,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import monai.bundle  # noqa: F401  its log handlers keep the stream of this moment
 import nibabel
 import numpy as np
 import pydicom
@@ -588,3 +589,77 @@ def test_a_key_of_the_list_that_is_no_section_is_refused(section, model, phantom
     listed = ["--data_list", phantoms / "list.json", "--dataset_dir", phantoms, "--output_dir", tmp_path / "out"]
     said = refused("evaluate", "--model", model, *listed, "--section", section, "--use_mlflow", "false")
     assert "choose one of lower, upper, validation, testing" in said
+
+
+FROM = {"labels": {"background": 0, "lung": 1, "heart": 2}}
+MADE_LISTS = {
+    "modality text": ({**FROM, "modality": "MR", "training": []}, "holds no labelled image"),
+    "modality list": ({**FROM, "modality": ["MR"], "training": [{"image": ["a", "b"], "label": "c"}]}, r"\(0: MR\)"),
+    "channel_names": ({**FROM, "channel_names": "MR", "training": [{"image": ["a", "b"], "label": "c"}]}, "give chann"),
+    "training": ({**FROM, "training": 5}, "training is 5, not a list"),
+    "dataset": ({**FROM, "file_ending": ".png", "dataset": [1]}, "dataset is not "),
+    "no images": ({**FROM, "file_ending": ".png", "dataset": {"a": {"label": "x"}}}, "an item of dataset is not"),
+    "allow": ({**FROM, "allow": None, "training": []}, "holds no labelled image"),
+    "allow text": (
+        {**FROM, "allow": "tilt", "training": [{"image": "a", "label": "b"}]},
+        "allow: 'tilt' is not a list",
+    ),
+    "no labels": ({"training": [{"image": "a", "label": "b"}]}, '"labels" is missing'),
+}
+
+
+@pytest.mark.parametrize("name", MADE_LISTS)
+def test_a_list_of_another_form_makes_no_list(tmp_path, refused, name):
+    content, finding = MADE_LISTS[name]
+    (tmp_path / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
+    said = refused("datalist", "--from", tmp_path / "dataset.json", "--output", tmp_path / "new.json")
+    assert re.search(finding, said)
+    assert not (tmp_path / "new.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "finding"),
+    [
+        (["--allow", "5"], "allow: 5 is not a list of names"),
+        (["--snomed", "[1]"], r"snomed: \[1\] is not tasks and codes"),
+        (["--snomed", '"x"'], "snomed: 'x' is not tasks and codes"),
+        *(
+            (["--label_names", text], "labels: .* is not names and values")
+            for text in ('["lung"]', "5", '{"lung": null}', '{"lung": 1.5}', '{"lung": []}', "true")
+        ),
+        (["--label_names", "{}"], "labels: no class beside background"),
+        (["--label_names", '{"lung": 1, "heart": 2}', "--label_coding", "threshold"], "threshold tells one class"),
+        (["--n_testing", "-1"], "--n_testing: expected 0 or more, found '-1'"),
+        (["--n_validation", "-1"], "--n_validation: expected 0 or more, found '-1'"),
+        (["--seed", "-1"], "--seed: expected 0 or more, found '-1'"),
+        (["--n_shot", "0"], "--n_shot: expected 1 or more, found '0'"),
+        (["--slices_per_volume", "-2"], "--slices_per_volume: expected 1 or more, found '-2'"),
+        (["--channel", "-1"], "--channel: expected 0 or more, found '-1'"),
+        (["--from", "dataset.json"], "give either --images and --labels, or --from"),
+    ],
+    ids=str,
+)
+def test_a_bad_option_makes_no_list(phantoms, tmp_path, refused, options, finding):
+    folders = ["--images", phantoms / "images", "--labels", phantoms / "labels"]
+    assert re.search(finding, refused("datalist", *folders, *options, "--output", tmp_path / "new.json"))
+    assert not (tmp_path / "new.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "finding"),
+    [
+        (["--label_suffix", "_mask", "--output", "new.json"], "label_suffix: a list names its pairs"),
+        ([], "output: name the JSON file to write"),
+        (["--check", "true", "--n_shot", "2"], "n_shot: a check of the list as it is draws nothing"),
+    ],
+    ids=str,
+)
+def test_an_option_without_effect_on_a_list_is_refused(phantoms, refused, options, finding):
+    assert re.search(finding, refused("datalist", "--from", phantoms / "list.json", *options))
+
+
+def test_a_decathlon_form_of_label_names_is_read(phantoms, tmp_path):
+    folders = ["--images", str(phantoms / "images"), "--labels", str(phantoms / "labels")]
+    options = ["--label_names", '{"1": "lung", "2": "heart"}', "--output", str(tmp_path / "new.json")]
+    assert main(["datalist", *folders, *options]) == 0
+    assert json.loads((tmp_path / "new.json").read_text())["labels"] == {"background": 0, "lung": 1, "heart": 2}

@@ -168,3 +168,48 @@ def _seconds(command: list[str]) -> float:
     start = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
+
+
+@pytest.fixture
+def spoilt(phantoms, tmp_path) -> tuple[Path, list[str]]:
+    """A copy of the films of which one label is cut short, and the options that name its folders."""
+    shutil.copytree(phantoms, tmp_path / "data")
+    path = tmp_path / "data" / "labels" / "phantom_004.png"
+    path.write_bytes(path.read_bytes()[:60])
+    return path, ["--images", str(tmp_path / "data" / "images"), "--labels", str(tmp_path / "data" / "labels")]
+
+
+@pytest.mark.parametrize("named", [[], ["--label_names", '{"heart": 2}']])
+def test_check_shows_every_pair_where_a_damaged_label_leaves_a_guess(spoilt, named, tmp_path, capsys):
+    path, folders = spoilt
+    assert main(["datalist", *folders, *named, "--check", "true", "--output", str(tmp_path / "l.json")]) == 1
+    said = capsys.readouterr()
+    assert f"{path.parent}/phantom_004.png: cannot be read as a picture" in said.out
+    assert "10 checked: 1 with errors" in said.out
+    assert "check: 1 of 10 pairs cannot be used" in said.err
+
+
+def test_check_shows_every_pair_where_drawing_fails(phantoms, tmp_path, capsys):
+    folders = ["--images", str(phantoms / "images"), "--labels", str(phantoms / "labels")]
+    options = ["--n_shot", "40", "--check", "true", "--output", str(tmp_path / "l.json")]
+    assert main(["datalist", *folders, *options]) == 1
+    said = capsys.readouterr()
+    assert "10 checked: 0 with errors" in said.out
+    assert "n_shot: 40 asked for" in said.err
+
+
+def test_a_list_is_checked_as_it_is(phantoms, capsys):
+    before = sorted(phantoms.rglob("*"))
+    assert main(["datalist", "--from", str(phantoms / "list.json"), "--check", "true"]) == 0
+    out = capsys.readouterr().out
+    assert [sum(f" {section} " in line for line in out.splitlines()) for section in ("lower", "validation")] == [2, 2]
+    assert sorted(phantoms.rglob("*")) == before
+
+
+def test_names_are_guessed_for_the_coding_asked_for(phantoms, tmp_path):
+    folders = ["--images", str(phantoms / "images"), "--labels", str(phantoms / "labels")]
+    target = tmp_path / "l.json"
+    assert main(["datalist", *folders, "--label_coding", "threshold", "--output", str(target)]) in (0, 1)
+    options = ["--label_names", '{"background": [0, 6], "heart": 2}', "--overwrite", "true", "--output", str(target)]
+    assert main(["datalist", *folders, *options]) == 0
+    assert json.loads(target.read_text())["labels"]["background"] == [0, 1, 6]

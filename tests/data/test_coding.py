@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blosam_monai.data.coding import find_coding
+from blosam_monai.data.coding import find_coding, readable_labels
 
 
 def disc_edge() -> np.ndarray:
@@ -112,3 +112,45 @@ def test_labels_of_several_kinds_are_named(tmp_path):
     files = [tmp_path / "a.png", save_volume(tmp_path / "b.nii.gz", np.eye(4)[None])]
     with pytest.raises(ValueError, match=r"labels: are of several kinds: .*a\.png \(pictures\).*; keep one kind"):
         find_coding(files)
+
+
+@pytest.mark.parametrize("values", [(128, 255), (85, 170, 255), (1, 255)])
+def test_a_few_distinct_gray_values_are_classes(tmp_path, values):
+    """As the disc and the cup of REFUGE; the brightest class is the largest."""
+    pixels = np.zeros((16, 16), dtype=np.uint8)
+    pixels[4:] = values[-1]
+    for row, value in enumerate(values[:-1]):
+        pixels[row, : 16 if value > 1 else 0] = value
+    pixels[0, 0] = values[0]
+    if values[0] == 1:
+        pixels[2:10] = 1
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    expected = {"background": 0, **{f"class_{value}": value for value in values}}
+    assert find_coding([tmp_path / "x.png"]) == ("index", expected)
+
+
+def test_several_numbers_that_are_named_are_an_index(tmp_path):
+    Image.fromarray(((disc_edge() * 20 + 127).clip(0, 255)).astype(np.uint8)).save(tmp_path / "x.png")
+    several, one = {"disc": 128, "cup": 255}, {"disc": 255}
+    assert find_coding([tmp_path / "x.png"], labels=several) == ("index", several)
+    assert find_coding([tmp_path / "x.png"], labels=one)[0] == "threshold"
+
+
+def test_labels_are_guessed_for_the_coding_that_is_asked_for(tmp_path):
+    Image.fromarray(((disc_edge() > 0) * 255).astype(np.uint8)).save(tmp_path / "x.png")
+    labels = {
+        coding: find_coding([tmp_path / "x.png"], coding=coding)[1] for coding in ("index", "threshold", "colour")
+    }
+    assert labels == {
+        "index": {"background": 0, "foreground": 255},
+        "threshold": {"background": 0, "foreground": 255},
+        "colour": {"background": 0, "colour_ffffff": "#ffffff"},
+    }
+
+
+def test_labels_that_cannot_be_read_are_told_from_the_others(tmp_path):
+    Image.fromarray(np.eye(8, dtype=np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
+    save_volume(tmp_path / "c.nii.gz", np.eye(4)[None])
+    files = [tmp_path / name for name in ("a.png", "b.png", "c.nii.gz", "gone.png")]
+    assert readable_labels(files, images=files) == [0, 2]

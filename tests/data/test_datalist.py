@@ -616,3 +616,84 @@ def test_slices_of_real_volumes_show_both_parts_of_the_hippocampus(real_data):
             stored = np.asarray(nibabel.load(root / item["label"]).dataobj)[:, :, item["slice"]]
             shown |= set(np.unique(stored).astype(int).tolist())
         assert shown == {0, 1, 2}
+
+
+# Kept apart, spelt rightly
+
+
+def test_one_image_spelt_in_two_ways_is_one_image(folder):
+    dataset_dir, items = folder(["12"] * 4)
+    halves = {"lower": items[:1], "upper": [{**items[0], "image": f"./{items[0]['image']}", "subject": "other"}]}
+    with pytest.raises(ValueError, match="image .*00.png is in lower and in upper"):
+        load_datalist(save(dataset_dir, {"labels": LABELS, **halves}), dataset_dir)
+    with pytest.raises(ValueError, match="00.png: is of the subjects s0 and other; name one"):
+        draw((dataset_dir, [*items, *halves["upper"]]))
+
+
+def test_training_slices_of_one_subject_are_shared_if_asked_for(volumes):
+    dataset_dir, items = volumes(1)
+    slices = [{**items[0], "slice": n} for n in (2, 3, 7, 8)]
+    content = {"labels": LABELS, "slice_axis": "axial", "training": slices, "shared_subjects": True}
+    read = load_datalist(save(dataset_dir, content), dataset_dir)
+    assert sorted(item["slice"] for half in ("lower", "upper") for item in read[half]) == [2, 3, 7, 8]
+    assert len(read["lower"]) == 2
+
+
+def stack(path: Path, pages: int = 4) -> None:
+    values = [np.full((4, 4), page, dtype=np.uint8) for page in range(pages)]
+    values[0][0] = 9
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(values[0] // 9).save(
+        path, save_all=True, append_images=[Image.fromarray(v // 2) for v in values[1:]]
+    )
+
+
+def test_stacks_without_geometry_have_no_slice_axis(tmp_path):
+    items = [{"image": f"images/{n}.tif", "label": f"labels/{n}.tif", "subject": str(n)} for n in range(2)]
+    for item in items:
+        stack(tmp_path / item["image"])
+        stack(tmp_path / item["label"])
+    content = draw((tmp_path, items), {"background": 0, "cell": 1}, n_shot=2)
+    assert "slice_axis" not in content
+    assert all("slice" in item for item in content["lower"] + content["upper"])
+    assert len(load_datalist(save(tmp_path, content), tmp_path)["lower"]) == 1
+    with pytest.raises(ValueError, match="slice_axis: coronal asked for, but no image says how it lies in the patient"):
+        draw((tmp_path, items), {"background": 0, "cell": 1}, n_shot=2, slice_axis="coronal")
+
+
+@pytest.mark.parametrize(
+    ("change", "finding"),
+    [
+        ({"shared_subjects": "false"}, "shared_subjects is 'false', not true or false"),
+        ({"training": [{"image": "a", "label": "b"}]}, "has training beside lower or upper; keep training"),
+        ({"sha256": [1]}, r"sha256 is \[1\], not an object"),
+        ({"snomed": [1]}, r"snomed is \[1\], not an object"),
+        ({"allow": "gantry_tilt"}, "allow: 'gantry_tilt' is not a list of names"),
+        ({"allow": [1]}, r"allow: \[1\] is not a list of names"),
+        ({"windw": [0, 1]}, "has the key 'windw'; did you mean 'window'"),
+        ({"upper": 5}, "upper is 5, not a list"),
+        ({"testing": [{"image": "a", "label": "b", "subjct": "x"}]}, "has the key 'subjct'; did you mean 'subject'"),
+    ],
+    ids=str,
+)
+def test_a_key_of_another_kind_is_refused_in_one_line(folder, change, finding):
+    data = folder(["12"] * 6)
+    with pytest.raises(ValueError, match=finding):
+        load_datalist(save(data[0], {**draw(data), **change}), data[0])
+
+
+@pytest.mark.parametrize("key", ["allow", "sha256", "snomed", "window", "name"])
+def test_null_is_as_good_as_nothing(folder, key):
+    data = folder(["12"] * 6)
+    assert len(load_datalist(save(data[0], {**draw(data), key: None}), data[0])["lower"]) == 2
+
+
+def test_the_support_expression_is_on_the_patient_of_a_tree(volumes):
+    dataset_dir, items = volumes(4)
+    for number, item in enumerate(items):
+        folder = dataset_dir / f"{'AB'[number // 2]}{number}"
+        folder.mkdir()
+        (dataset_dir / item["image"]).rename(folder / "ct.nii.gz")
+        item["image"] = f"{folder.name}/ct.nii.gz"
+    content = draw((dataset_dir, items), n_shot=2, support="^A")
+    assert sorted(item["image"] for item in content["testing"]) == ["B2/ct.nii.gz", "B3/ct.nii.gz"]

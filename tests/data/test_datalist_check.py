@@ -162,3 +162,17 @@ def test_real_volumes_and_pictures_pass(real_data):
     with Image.open(root / "labels" / "21_manual1.gif") as picture:
         expected = int((np.asarray(picture.convert("L")) > 127).sum())
     assert {row.case: row.areas["vessel"] for row in rows}["21_training"] == expected
+
+
+def test_a_name_spelt_otherwise_is_an_error_and_patients_are_named_by_their_folders(tmp_path):
+    mask = np.zeros((4, 4, 4), dtype=np.uint8)
+    mask[1] = 1
+    for patient, name in (("P0", "Liver"), ("P1", "liver")):
+        (tmp_path / patient).mkdir()
+        save_volume(tmp_path / patient / "ct.nii.gz", np.arange(64, dtype=np.int16).reshape(4, 4, 4))
+        save_volume(tmp_path / patient / "masks" / f"{name}.nii.gz", mask)
+    items = [{"image": f"{p}/ct.nii.gz", "label": f"{p}/masks", "subject": p} for p in ("P0", "P1")]
+    rows = check_datalist({"labels": {"liver": "liver"}, "label_coding": "files", "testing": items}, tmp_path)
+    assert [row.case for row in rows] == ["P0", "P1"]
+    assert "has 'Liver' and no 'liver'; write both names alike" in rows[0].error
+    assert rows[1].error is None

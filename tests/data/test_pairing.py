@@ -9,7 +9,15 @@ import pydicom
 import pytest
 from PIL import Image
 
-from blosam_monai.data.pairing import find_subject, items_of_list, list_labels, pair_folders, parse_item
+from blosam_monai.data.pairing import (
+    case_names,
+    find_subject,
+    items_of_list,
+    list_labels,
+    pair_folders,
+    parse_item,
+)
+from tests.data.dicom_files import write_series
 
 
 @pytest.fixture
@@ -199,7 +207,7 @@ def test_patients_with_studies_pair_with_the_segmentations_among_their_series(re
 
 def test_labels_in_two_folders_of_a_case_are_refused(tmp_path):
     touch(tmp_path, "labels/p1/reader_a/liver.png", "labels/p1/reader_b/liver.png")
-    with pytest.raises(ValueError, match="labels/p1: holds labels in 2 folders, as reader_b; keep one"):
+    with pytest.raises(ValueError, match="labels/p1: holds labels in 2 places, as reader_b; keep one"):
         list_labels(tmp_path / "labels")
 
 
@@ -319,3 +327,107 @@ def test_an_item_keeps_its_slice_and_series():
 def test_a_slice_that_is_no_number_is_refused(number):
     with pytest.raises(ValueError, match=r"x\.json: lower has the slice .*; slices are numbers, counted from 0"):
         parse_item({"image": "a", "label": "b", "slice": number}, "lower", "x.json")
+
+
+# Trees of patients
+
+
+def write_plan(path: Path, sop_class: str, modality: str) -> None:
+    """A DICOM file without pixels: what a planning system exports beside its CT."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dataset = pydicom.Dataset()
+    dataset.SOPClassUID, dataset.SOPInstanceUID, dataset.Modality = sop_class, pydicom.uid.generate_uid(), modality
+    dataset.file_meta = pydicom.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    dataset.file_meta.MediaStorageSOPClassUID = sop_class
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
+    dataset.save_as(path, enforce_file_format=True)
+
+
+PLANNING = {
+    "RTSTRUCT": "1.2.840.10008.5.1.4.1.1.481.3",
+    "RTPLAN": "1.2.840.10008.5.1.4.1.1.481.5",
+    "RTDOSE": "1.2.840.10008.5.1.4.1.1.481.2",
+}
+
+
+def test_of_a_planning_export_the_structures_are_the_label(tmp_path):
+    for patient in ("P0", "P1"):
+        write_series(tmp_path / patient / "CT", np.arange(8, dtype=np.int16).reshape(2, 2, 2))
+        for modality, sop_class in PLANNING.items():
+            write_plan(tmp_path / patient / modality / "1.dcm", sop_class, modality)
+    items = pair_folders(tmp_path, tmp_path, tmp_path)
+    assert [(item["image"], item["label"], item["subject"]) for item in items] == [
+        ("P0/CT", "P0/RTSTRUCT", "P0"),
+        ("P1/CT", "P1/RTSTRUCT", "P1"),
+    ]
+
+
+def test_of_a_planning_export_in_one_folder_the_structures_are_the_label(tmp_path):
+    for patient in ("P0", "P1"):
+        write_series(tmp_path / patient, np.arange(8, dtype=np.int16).reshape(2, 2, 2))
+        for modality, sop_class in PLANNING.items():
+            write_plan(tmp_path / patient / f"{modality}.dcm", sop_class, modality)
+    items = pair_folders(tmp_path, tmp_path, tmp_path)
+    assert [(item["image"], item["label"]) for item in items] == [
+        ("P0", "P0/RTSTRUCT.dcm"),
+        ("P1", "P1/RTSTRUCT.dcm"),
+    ]
+    (alone,) = pair_folders(tmp_path / "P0", tmp_path / "P0", tmp_path)
+    assert (alone["image"], alone["label"]) == ("P0", "P0/RTSTRUCT.dcm")
+
+
+def test_two_series_of_a_patient_are_named(tmp_path):
+    for patient, series in itertools.product(("P0", "P1"), ("ct", "mr")):
+        write_series(tmp_path / "images" / patient / series, np.arange(8, dtype=np.int16).reshape(2, 2, 2))
+    touch(tmp_path, "labels/P0.nii.gz", "labels/P1.nii.gz")
+    with pytest.raises(ValueError, match="images/P0: holds several image series, P0/ct and P0/mr; keep the labelled"):
+        pairs(tmp_path)
+
+
+def test_patients_with_a_volume_and_a_folder_of_masks_are_paired(tmp_path):
+    """As TotalSegmentator's data set is stored."""
+    for case in ("s0", "s1"):
+        touch(
+            tmp_path, f"{case}/ct.nii.gz", f"{case}/segmentations/liver.nii.gz", f"{case}/segmentations/spleen.nii.gz"
+        )
+    items = pair_folders(tmp_path, tmp_path, tmp_path)
+    assert [(item["image"], item["label"], item["subject"]) for item in items] == [
+        ("s0/ct.nii.gz", "s0/segmentations", "s0"),
+        ("s1/ct.nii.gz", "s1/segmentations", "s1"),
+    ]
+    touch(tmp_path, "s1/pet.nii.gz")
+    with pytest.raises(ValueError, match=r"s1: holds 2 volumes, as pet\.nii\.gz; keep one image a folder"):
+        pair_folders(tmp_path, tmp_path, tmp_path)
+
+
+def test_hidden_folders_hold_no_labels(tmp_path):
+    touch(tmp_path, "labels/p1/liver.png", "labels/p1/.ipynb_checkpoints/liver-checkpoint.png")
+    assert list_labels(tmp_path / "labels") == {tmp_path / "labels" / "p1": "p1"}
+
+
+def test_numbers_without_which_there_is_no_label_are_no_channels(tmp_path):
+    touch(tmp_path, "images/img_0001.png", "images/img_0002.png")
+    touch(tmp_path, "labels/img_0001_mask.png", "labels/img_0002_mask.png")
+    with pytest.raises(ValueError, match="has no partner of stem 'img_0001'.*; rename it, or cut off what differs"):
+        pairs(tmp_path)
+    assert [subject for _, _, subject in pairs(tmp_path, label_suffix="_mask")] == ["img_0001", "img_0002"]
+
+
+def test_a_group_that_matches_nothing_is_no_subject():
+    with pytest.raises(ValueError, match=r"subject: '\(x\)\?case' matches nothing in 'case'"):
+        find_subject("case", "(x)?case")
+
+
+def test_the_folder_tells_images_of_one_name_apart():
+    assert case_names(["/d/P00/study/ct", "/d/./P01/study/ct", "/d/P01/study/mr"]) == ["P00", "P01", "mr"]
+    assert case_names(["P00/ct", "P00/mr", "P01/ct", "P01/mr"]) == ["P00", "P00", "P01", "P01"]
+    assert case_names(["ct"]) == ["ct"]
+
+
+def test_series_in_trees_have_the_patient_as_subject_where_a_list_names_none(tmp_path):
+    items = [{"image": f"P{n}/ct", "label": f"P{n}/seg"} for n in range(3)]
+    content = {"labels": {"liver": "Liver"}, "label_coding": "segments", "lower": items[:1], "upper": items[1:]}
+    (tmp_path / "list.json").write_text(json.dumps(content), encoding="utf-8")
+    found, _ = items_of_list(tmp_path / "list.json")
+    assert [item["subject"] for item in found] == ["P0", "P1", "P2"]

@@ -145,3 +145,17 @@ def test_an_item_with_a_slice_is_that_slice(tmp_path):
     assert (found.areas.tolist(), found.size, found.slice_axis) == ([[0, 4]], 3, None)
     with pytest.raises(ValueError, match=r"x\.tif: slice 3 asked for, it has 3 \(0 to 2\)"):
         survey({**item, "slice": 3}, tmp_path, {"a": [1]}, coding="index")
+
+
+def test_a_slice_of_a_volume_with_geometry_needs_its_axis(tmp_path):
+    nibabel.save(nibabel.Nifti1Image(np.arange(64, dtype=np.uint8).reshape(4, 4, 4), np.eye(4)), tmp_path / "v.nii")
+    item = {"image": "v.nii", "label": "v.nii", "subject": "x", "slice": 2}
+    with pytest.raises(ValueError, match=r"v\.nii: has a slice, its slice_axis is None; write one of axial"):
+        survey(item, tmp_path, {"a": [1]}, coding="index")
+
+
+def test_halves_of_one_subject_are_disjoint_by_item_if_shared():
+    items = [{"image": "v", "subject": "a", "slice": n} for n in range(5)]
+    lower, upper = split_halves(items, seed=0, shared_subjects=True)
+    assert (len(lower), len(upper)) == (2, 3)
+    assert sorted(item["slice"] for item in lower + upper) == [0, 1, 2, 3, 4]

@@ -64,3 +64,26 @@ def test_a_structure_that_a_patient_does_not_have_is_no_fault():
     labels = {"background": 0, "liver": "Liver", "lesion": "Lesion"}
     assert check_names("p.dcm", ["Liver"], labels, "segments") == ()
     assert len(check_names("p.dcm", ["Liver", "Kidney"], labels, "segments")) == 1
+
+
+def test_threshold_knows_one_class():
+    check_values({"background": 0, "polyp": 255}, "threshold")
+    with pytest.raises(ValueError, match="threshold tells one class from background, the list names 2; name one"):
+        check_values({"background": 0, "disc": 128, "cup": 255}, "threshold")
+
+
+@pytest.mark.parametrize("labels", [{}, {"background": 0}])
+def test_labels_without_a_class_are_said_to_be_missing(labels):
+    with pytest.raises(ValueError, match="labels: no class beside background; give names and values"):
+        task_values(labels)
+
+
+@pytest.mark.parametrize("labels", [{"lung": True}, {"lung": [1, False]}, 5, True])
+def test_a_label_value_is_a_number_or_a_name(labels):
+    with pytest.raises(ValueError, match="is not names and values"):
+        parse_labels(labels)
+
+
+def test_one_name_of_two_values_is_refused_in_decathlons_form():
+    with pytest.raises(ValueError, match="has one name twice; write a union"):
+        parse_labels({"1": "lung", "2": "lung"})

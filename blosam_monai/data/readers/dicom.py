@@ -298,10 +298,20 @@ def _read_series(path: Path) -> dict[str, list[tuple[Path, Dataset]]]:
         kinds = sorted({UID(header.get("SOPClassUID") or "").name for _, header in read} - {""})
         held = f"holds {', '.join(kinds)} and no image" if kinds else "holds no DICOM image"
         raise ValueError(f"{path}: {held}; name the folder or file of an image series.")
+    empty = [(file, Dataset()) for file in files if file.is_file() and not file.stat().st_size]
+    for file, header in (*read, *empty):
+        _check_whole(file, header)
     series: dict[str, list[tuple[Path, Dataset]]] = {}
     for file, header in images:
         series.setdefault(str(header.get("SeriesInstanceUID") or ""), []).append((file, header))
     return dict(sorted(series.items()))
+
+
+def _check_whole(file: Path, header: Dataset) -> None:
+    """Refuse a file beside images that was one itself: nobody would miss a first or last slice."""
+    kind = header.get("SOPClassUID") or getattr(header, "file_meta", header).get("MediaStorageSOPClassUID") or ""
+    if not _is_image(header) and (not kind or "Image Storage" in UID(kind).name):
+        raise ValueError(f"{file}: is cut short after {file.stat().st_size} bytes; copy the file again.")
 
 
 def _read_header(file: Path) -> Dataset:

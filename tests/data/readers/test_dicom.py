@@ -737,3 +737,22 @@ def test_real_folders_are_found(real_data):
     (found,) = list_folders(real_data / "msd_hippocampus")
     assert found.name == "13_HCropVolume"
     assert [series.frames for series in list_series(found)] == [32]
+
+
+@pytest.mark.parametrize("bytes_left", [0, 140, 400])
+@pytest.mark.parametrize("place", [0, -1], ids=["first", "last"])
+def test_a_slice_at_the_end_of_a_series_that_is_cut_short_is_not_passed_over(tmp_path, place, bytes_left):
+    file = write_series(tmp_path, make_values())[place]
+    file.write_bytes(file.read_bytes()[:bytes_left])
+    with pytest.raises(ValueError, match=rf"{file.name}: is cut short after {bytes_left} bytes; copy the file again"):
+        read_dicom(tmp_path)
+
+
+def test_reports_and_segmentations_beside_a_series_are_no_damage(tmp_path):
+    files = write_series(tmp_path, make_values())
+    report = pydicom.dcmread(files[0])
+    report.SOPClassUID = report.file_meta.MediaStorageSOPClassUID = uid.BasicTextSRStorage
+    del report.Rows, report.Columns, report.PixelData
+    report.save_as(tmp_path / "report.dcm")
+    (tmp_path / "notes.txt").write_text("x")
+    assert read_dicom(tmp_path).shape[0] == len(files)
