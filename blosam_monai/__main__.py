@@ -469,6 +469,8 @@ def _name_labels(
     from blosam_monai.data.tasks import known_values
 
     labels = _first(options.label_names, content.get("labels"))
+    if options.source and labels is None:
+        raise ValueError(f'{options.source}: "labels" is missing; add names and values, or give --label_names.')
     coding = _first(options.label_coding, content.get("label_coding", "index") if content else None)
     counted = options.label_names and coding in (None, "index")
     if labels is not None and coding is not None and not counted:

@@ -206,10 +206,9 @@ def test_a_list_is_checked_as_it_is(phantoms, capsys):
     assert sorted(phantoms.rglob("*")) == before
 
 
-def test_names_are_guessed_for_the_coding_asked_for(phantoms, tmp_path):
+def test_values_that_become_background_join_those_that_are(phantoms, tmp_path):
     folders = ["--images", str(phantoms / "images"), "--labels", str(phantoms / "labels")]
     target = tmp_path / "l.json"
-    assert main(["datalist", *folders, "--label_coding", "threshold", "--output", str(target)]) in (0, 1)
-    options = ["--label_names", '{"background": [0, 6], "heart": 2}', "--overwrite", "true", "--output", str(target)]
+    options = ["--label_names", '{"background": [0, 6], "heart": 2}', "--output", str(target)]
     assert main(["datalist", *folders, *options]) == 0
     assert json.loads(target.read_text())["labels"]["background"] == [0, 1, 6]

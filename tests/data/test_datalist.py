@@ -624,9 +624,9 @@ def test_slices_of_real_volumes_show_both_parts_of_the_hippocampus(real_data):
 def test_one_image_spelt_in_two_ways_is_one_image(folder):
     dataset_dir, items = folder(["12"] * 4)
     halves = {"lower": items[:1], "upper": [{**items[0], "image": f"./{items[0]['image']}", "subject": "other"}]}
-    with pytest.raises(ValueError, match="image .*00.png is in lower and in upper"):
+    with pytest.raises(ValueError, match=r"image .*00.png is in lower and in upper"):
         load_datalist(save(dataset_dir, {"labels": LABELS, **halves}), dataset_dir)
-    with pytest.raises(ValueError, match="00.png: is of the subjects s0 and other; name one"):
+    with pytest.raises(ValueError, match=r"00.png: is of the subjects s0 and other; name one"):
         draw((dataset_dir, [*items, *halves["upper"]]))
 
 

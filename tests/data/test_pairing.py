@@ -409,7 +409,7 @@ def test_hidden_folders_hold_no_labels(tmp_path):
 def test_numbers_without_which_there_is_no_label_are_no_channels(tmp_path):
     touch(tmp_path, "images/img_0001.png", "images/img_0002.png")
     touch(tmp_path, "labels/img_0001_mask.png", "labels/img_0002_mask.png")
-    with pytest.raises(ValueError, match="has no partner of stem 'img_0001'.*; rename it, or cut off what differs"):
+    with pytest.raises(ValueError, match=r"has no partner of stem 'img_0001'.*; rename it, or cut off what differs"):
         pairs(tmp_path)
     assert [subject for _, _, subject in pairs(tmp_path, label_suffix="_mask")] == ["img_0001", "img_0002"]
 

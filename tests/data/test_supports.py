@@ -1,5 +1,6 @@
 """Supports: halves disjoint by subject, slices picked by the area of the classes on them."""
 
+import nibabel
 import numpy as np
 import pytest
 from PIL import Image
