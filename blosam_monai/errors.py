@@ -35,10 +35,10 @@ def without_names(text: str, *paths: PathLike) -> str:
     """
     known: set[str] = set()
     for path in (form for given in paths for form in (Path(given), Path(given).resolve())):
-        held = [file for file in path.iterdir() if path.is_dir()] if path.is_dir() else []
+        held = list(path.iterdir()) if path.is_dir() else []
         known |= {str(part) for part in (path, *path.parents, *held)}
         known |= {name for part in (path, *path.parents, *held) for name in (part.name, part.name.split(".")[0])}
-    for name in sorted((name for name in known if len(name) > 2), key=len, reverse=True):
+    for name in sorted((name for name in known if len(name) > 1), key=len, reverse=True):
         text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "<file>", text)
     text = re.sub(r"(<file>)?[^\s'\"(]*[/\\][^\s'\":;,)]*", "<file>", text)
     text = re.sub(r"'(?!<file>')[^']*'", "'...'", text)
