@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from blosam_monai.data.geometry import Image, check_slice_axis, choose_slice_axis, spacing, upright
 from blosam_monai.data.readers import dicom, read_image, read_label
-from blosam_monai.data.tasks import Labels, check_names, known_values, task_values
+from blosam_monai.data.tasks import Labels, check_names, check_values, known_values, task_values
 from blosam_monai.data.windows import Window, check_window, display_stack, window_channels
 from blosam_monai.files import content_sha256
 from blosam_monai.networks.sam import PIXEL_MEAN, PIXEL_STD
@@ -81,9 +81,7 @@ class LoadCased(Transform):
         dicom.check_flaws(self.allow)
         if slice_axis is not None:
             check_slice_axis(slice_axis)
-        classes = task_values(labels)
-        if label_coding == "threshold" and len(classes) != 1:
-            raise ValueError(f"label_coding: threshold tells one class from background, the list names {len(classes)}.")
+        check_values(labels, label_coding)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Item:
         """Read the files of one item."""
