@@ -181,10 +181,10 @@ def spoilt(phantoms, tmp_path) -> tuple[Path, list[str]]:
 
 @pytest.mark.parametrize("named", [[], ["--label_names", '{"heart": 2}']])
 def test_check_shows_every_pair_where_a_damaged_label_leaves_a_guess(spoilt, named, tmp_path, capsys):
-    path, folders = spoilt
+    _, folders = spoilt
     assert main(["datalist", *folders, *named, "--check", "true", "--output", str(tmp_path / "l.json")]) == 1
     said = capsys.readouterr()
-    assert f"{path.parent}/phantom_004.png: cannot be read as a picture" in said.out
+    assert "labels/phantom_004.png: cannot be read as a picture" in said.out
     assert "10 checked: 1 with errors" in said.out
     assert "check: 1 of 10 pairs cannot be used" in said.err
 
