@@ -2,6 +2,7 @@
 
 import math
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -89,6 +90,48 @@ def test_a_mask_of_0_and_255_is_the_one_class_of_the_list(case):
 def test_threshold_coding_of_two_classes_is_refused():
     with pytest.raises(ValueError, match="threshold tells one class from background, the list names 2"):
         LoadCased({"lung": 1, "heart": 2}, label_coding="threshold")
+
+
+@pytest.fixture
+def volume(tmp_path) -> dict:
+    """A NIfTI volume of (x, y, z) = (6, 5, 4) voxels of 1 x 1 x 3 mm, x to the left and y to the back, with label."""
+    values = np.random.default_rng(0).integers(0, 900, (6, 5, 4)).astype(np.int16)
+    for name, array in (("image", values), ("label", (values > 450).astype(np.uint8))):
+        nibabel.save(nibabel.Nifti1Image(array, np.diag([-1.0, -1, 3, 1])), tmp_path / f"{name}.nii.gz")
+    return {"image": str(tmp_path / "image.nii.gz"), "label": str(tmp_path / "label.nii.gz"), "values": values}
+
+
+def test_a_volume_is_a_stack_of_its_slices_with_their_spacing(volume):
+    item = LoadCased({"bright": 1})(volume)
+    assert (item["image"].shape, item["label"].shape) == ((1, 4, 5, 6), (1, 4, 5, 6))
+    assert item["spacing"].tolist() == [3, 1, 1]
+    assert np.array_equal(item["label"][0], (volume["values"] > 450).transpose(2, 1, 0))  # (z, y, x)
+
+
+def test_a_slice_of_a_volume_is_a_picture(volume):
+    whole = LoadCased({"bright": 1})(volume)
+    item = load({**volume, "slice": 2}, {"bright": 1})
+    assert item["image"].shape == (3, 5, 6)
+    assert item["spacing"].tolist() == [1, 1]
+    assert torch.equal(item["label"], whole["label"][:, 2].float())
+    assert (item["image"][0] - whole["image"][0, 2]).abs().max() <= 0.5  # of a whole volume 8 bits are kept
+
+
+def test_several_slices_are_no_picture(volume):
+    with pytest.raises(ValueError, match=r'image\.nii\.gz: has 4 slices; name one by "slice" in the data list'):
+        load(volume, {"bright": 1})
+
+
+def test_slices_counted_along_one_axis_are_not_cut_along_another(volume):
+    cut = LoadCased({"bright": 1}, slice_axis="coronal", counted_along="axial")
+    with pytest.raises(ValueError, match="slice_axis: coronal asked for, the slices of the list are axial"):
+        cut({**volume, "slice": 2})
+    assert cut(volume)["image"].shape == (1, 5, 4, 6)  # a whole volume may be
+
+
+def test_neighbours_beside_three_windows_are_refused():
+    with pytest.raises(ValueError, match="neighbours: 1 asked for beside three windows"):
+        LoadCased({"a": 1}, window=[[0, 1], [1, 2], [2, 3]], neighbours=1)
 
 
 # To the network
