@@ -62,3 +62,8 @@ def content_sha256(path: PathLike) -> str:
         if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
     )
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def case_hash(path: PathLike) -> str:
+    """The first 12 digits of ``content_sha256``: what stands for an image where its name may not."""
+    return content_sha256(path)[:12]

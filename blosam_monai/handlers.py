@@ -22,7 +22,7 @@ from blosam_monai.data.writers.pictures import write_overlay
 from blosam_monai.engines.bilevel_trainer import UPPER_LOSS
 from blosam_monai.engines.case_evaluator import FAILED, CaseEvents
 from blosam_monai.errors import one_line, without_names
-from blosam_monai.files import PathLike, atomic, content_sha256
+from blosam_monai.files import PathLike, atomic, case_hash
 from blosam_monai.metrics import TABLES, case_scores, write_table
 from blosam_monai.networks.adapters import save_adapters
 from blosam_monai.networks.prompt_sam import PromptSam
@@ -37,7 +37,7 @@ SELECTIONS = ("last", "upper", "validation")
 def case_id(item: Mapping[Any, Any]) -> str:
     """What a case is called in logs and in MLflow: the first 12 digits of its image's SHA-256, and its slice."""
     path = item["source"] if "source" in item else item["image"]
-    return content_sha256(path)[:12] + _slice_suffix(item.get("slice"))
+    return case_hash(path) + _slice_suffix(item.get("slice"))
 
 
 def _slice_suffix(number: Any) -> str:

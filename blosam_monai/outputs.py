@@ -25,7 +25,7 @@ from blosam_monai.data.tasks import Labels, output_values, task_values
 from blosam_monai.data.writers.dicom_seg import check_dicom_seg, write_dicom_seg
 from blosam_monai.data.writers.nifti import write_nifti
 from blosam_monai.data.writers.pictures import write_label, write_overlay, write_probability
-from blosam_monai.files import PathLike, content_sha256
+from blosam_monai.files import PathLike, case_hash
 from blosam_monai.transforms import MERGE_RULES, picture_of
 
 MANIFEST = "manifest.jsonl"
@@ -106,15 +106,13 @@ class PlanOutputd(Transform):
         if folder in (self.output_dir.resolve(), *(self.output_dir.resolve().parents if source.is_dir() else ())):
             raise ValueError(f"output_dir: {self.output_dir} is the folder of the images; choose another.")
         outputs = list(self._outputs(grid, _name(data)))
+        if not self.overwrite:
+            outputs = self._missing(outputs, source)
         if any(output.format == "seg" for output in outputs):
             check_dicom_seg(self.tasks, snomed=self.snomed, image=grid)
         notes = data.get("notes", ())
         if grid.files and grid.affine is None:
             notes = (*notes, "a DICOM image without geometry: the result is a picture")
-        if not self.overwrite:
-            outputs = [output for output in outputs if not self._is_there(output, source)]
-            if not outputs:
-                raise ResultExistsError(f"{source}: has its result already; add overwrite=true to replace it.")
         return dict(data) | {"outputs": outputs, "written": [], "notes": notes}
 
     @cached_property
@@ -122,17 +120,20 @@ class PlanOutputd(Transform):
         """Of earlier runs; this one gives no name twice."""
         return sources_by_name(self.output_dir)
 
-    def _is_there(self, output: Output, source: Path) -> bool:
-        """Whether a file is there and of this image, as far as the manifest knows."""
-        if not output.path.exists() or not output.path.stat().st_size:
-            return False
-        made_from = self._made_from.get(output.name_id)
-        if made_from not in (None, content_sha256(source)[:12]):
-            raise ValueError(
-                f"{output.path}: is the result of another image of the same name; choose another output_dir, or add "
-                "overwrite=true to replace it."
-            )
-        return True
+    def _missing(self, outputs: Sequence[Output], source: Path) -> list[Output]:
+        """The outputs that are still to be written; those that are there must be of this image by the manifest."""
+        there = [output for output in outputs if output.path.exists() and output.path.stat().st_size]
+        known = [output for output in there if output.name_id in self._made_from]
+        identity = case_hash(source) if known else None
+        for output in known:
+            if self._made_from[output.name_id] != identity:
+                raise ValueError(
+                    f"{output.path}: is the result of another image of the same name; choose another output_dir, or "
+                    "add overwrite=true to replace it."
+                )
+        if len(there) == len(outputs):
+            raise ResultExistsError(f"{source}: has its result already; add overwrite=true to replace it.")
+        return [output for output in outputs if output not in there]
 
     def _outputs(self, grid: Image, stem: str) -> Any:
         formats = ["pages" if grid.shape[0] > 1 else "picture"]

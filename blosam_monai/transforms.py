@@ -27,7 +27,7 @@ from blosam_monai.data.geometry import Image, check_slice_axis, choose_slice_axi
 from blosam_monai.data.readers import dicom, read_image, read_label
 from blosam_monai.data.tasks import Labels, check_names, check_values, known_values, task_values
 from blosam_monai.data.windows import Window, check_window, display_stack, window_channels
-from blosam_monai.files import content_sha256
+from blosam_monai.files import case_hash
 from blosam_monai.networks.sam import PIXEL_MEAN, PIXEL_STD
 
 logger = logging.getLogger(__name__)
@@ -99,8 +99,9 @@ class LoadCased(Transform):
         if "label" in item:
             item["label"], more = self._read_tasks(item["label"], image, number, orientation.apply)
             notes += more
+        identity = case_hash(item["image"]) if notes else ""
         for note in notes:
-            logger.warning("case %s: %s", content_sha256(item["image"])[:12], note)
+            logger.warning("case %s: %s", identity, note)
         return item | {
             "image": torch.from_numpy(stack),
             "source": str(item["image"]),
@@ -120,7 +121,7 @@ class LoadCased(Transform):
             if isinstance(label.values, Mapping):
                 label = replace(
                     label,
-                    notes=(*label.notes, *check_names(path, [*label.values, *label.parts], self.labels, self.coding)),
+                    notes=(*label.notes, *check_names(path, label.names, self.labels, self.coding)),
                 )
             else:
                 self._check_known(path, label.counts())

@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from blosam_monai.__main__ import BUNDLE, EVALUATE_KEYS, KEYS, PREDICT_KEYS, TRAIN_KEYS, main
+from blosam_monai.__main__ import BUNDLE, EVALUATE_KEYS, KEYS, LABEL_CODINGS, PREDICT_KEYS, TRAIN_KEYS, main
+from blosam_monai.data import readers
 from blosam_monai.data.embedding_cache import EmbeddingCache
 from blosam_monai.networks.sam import embeddings_dir
 
@@ -97,6 +98,10 @@ def test_doctor_says_where_everything_is_and_what_is_missing(capsys, monkeypatch
     assert str(tmp_path) in out
     assert "sam_vit_b_01ec64.pth: missing" in out
     assert "sam_vit_l_0b3195.pth: here" in out
+
+
+def test_the_codings_offered_are_those_that_are_read():
+    assert LABEL_CODINGS == readers.LABEL_CODINGS
 
 
 def test_doctor_counts_the_encoded_images_and_clears_them(capsys, monkeypatch, tmp_path):

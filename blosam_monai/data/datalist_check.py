@@ -112,7 +112,7 @@ def _check_pair(items: Sequence[Item], content: Mapping[str, Any], folder: Path,
         image = read_image(folder / items[0]["image"], series=items[0].get("series"), allow=content.get("allow", ()))
         label = read_label(folder / items[0]["label"], content["label_coding"], image=image)
         if isinstance(label.values, Mapping):
-            said = check_names(label.path, list(label.values), content["labels"], content["label_coding"])
+            said = check_names(label.path, label.names, content["labels"], content["label_coding"])
             label = replace(label, notes=(*label.notes, *said))
         foreign = _foreign(label, content)
     except (ValueError, OSError) as error:

@@ -82,6 +82,11 @@ class Label:
         values = self.values if isinstance(self.values, np.ndarray) else next(iter(self.values.values()))
         return values.shape
 
+    @property
+    def names(self) -> list[str]:
+        """The names that ``mask`` knows, also of masks that are empty; none of an index map."""
+        return [*self.values, *self.parts] if isinstance(self.values, Mapping) else []
+
     def counts(self) -> dict[Value, int]:
         """Voxels of each value or name that occurs; background is left out."""
         if isinstance(self.values, Mapping):

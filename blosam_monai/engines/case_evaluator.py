@@ -115,7 +115,7 @@ class CaseEvaluator(Evaluator):
                 where = {"spacing": item["spacing"].tolist(), "slice_axis": item["slice_axis"]}
                 item[CommonKeys.PRED] = self.inferer(item[CommonKeys.IMAGE], self.network, **where)
             item = self.case_postprocessing(item)
-        except Exception as raised:
+        except Exception as raised:  # whatever is wrong with one case, the others are not
             if isinstance(root_cause(raised), ResultExistsError):
                 status = KEPT
             else:

@@ -144,17 +144,13 @@ def _line(error: Exception) -> str:
 
 def _is_elsewhere(dataset: Dataset, image: Image) -> bool:
     """Whether label and image both name their frame of reference, and differ."""
-    if not _is_dicom(image):
+    if not image.files:
         return False
     of_image = _read(image.files[0], "FrameOfReferenceUID").get("FrameOfReferenceUID")
     of_label = {dataset.get("FrameOfReferenceUID")}
     of_label |= {roi.get("ReferencedFrameOfReferenceUID") for roi in dataset.get("StructureSetROISequence", ())}
     of_label -= {None, ""}
     return bool(of_image and of_label) and of_image not in of_label
-
-
-def _is_dicom(image: Image) -> bool:
-    return bool(image.files) and is_dicom(image.files[0])
 
 
 def _planes_of(image: Image) -> _Planes | None:

@@ -17,7 +17,7 @@ from pydicom.uid import generate_uid
 
 from blosam_monai import __version__
 from blosam_monai.data.geometry import Image
-from blosam_monai.data.readers.dicom import is_dicom, quietly, read_headers
+from blosam_monai.data.readers.dicom import quietly, read_headers
 from blosam_monai.data.writers.pictures import COLOURS
 from blosam_monai.files import PathLike, atomic
 
@@ -133,7 +133,7 @@ def _is_code(value: str, meaning: str) -> bool:
 
 def _sources(image: Image) -> tuple[list[Dataset], np.ndarray | slice]:
     """Headers that highdicom accepts, and the image's slice that each file, or frame of one file, holds."""
-    if not image.files or not is_dicom(image.files[0]):
+    if not image.files:
         raise ValueError(f"{image.path}: is no DICOM image for a DICOM SEG to refer to; write NIfTI or PNG instead.")
     headers = read_headers(image)
     for header in headers:
