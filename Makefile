@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 .PHONY: demo test fast lint types format
 
-demo: $(VENV)/.installed  ## train, evaluate and predict on generated pictures, below demo/
+demo: $(VENV)/.installed  ## every verb once on generated CT, below demo/
 	$(BIN)/blosam demo --output_dir demo --overwrite true
 
 test: $(VENV)/.test-installed  ## all tests
@@ -31,7 +31,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c "import sys; ok = (3, 10) <= sys.version_info[:2] <= (3, 13); sys.exit(None if ok else 'Python %d.%d found, 3.10 to 3.13 needed, as in: make demo PYTHON=python3.12' % sys.version_info[:2])"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing into $(VENV) (torch, MONAI, MLflow: a few minutes the first time) ..."
-	$(PIP) -e .
+	$(PIP) -e '.[dicom]'
 	@touch $@
 
 $(VENV)/.test-installed: $(VENV)/.installed

@@ -60,7 +60,7 @@ def run_set(name: str, network: PromptSam, options: argparse.Namespace) -> list[
     lists = draw_lists(folder, labels, coding, prefix, options.draws)
     load, take_slice = LoadCased(labels, None, coding), SliceToPictured()
     preprocess, encode = PreprocessImaged(network.image_size), EncodeImaged(network, cache_dir=NO_CACHE)
-    to_grid, restore = LabelToGridd(network.image_size), RestoreSized()
+    to_grid, restore = LabelToGridd(network.image_size, network.grid_size), RestoreSized()
     tasks = list(load.values)
 
     def read(item: dict) -> dict:

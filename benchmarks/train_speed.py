@@ -53,7 +53,7 @@ def measure(model: str, image_size: int, hypergradient: str, tasks: int = 1, epo
     network.sam.image_encoder.register_forward_hook(count)
     torch.manual_seed(0)
     images = torch.randn(4, 3, image_size, image_size, device=device)
-    grid = image_size // 4
+    grid = network.grid_size
     label = (torch.rand(4, tasks, grid, grid) > 0.7).float()
 
     if device.type == "cuda":

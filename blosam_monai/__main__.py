@@ -7,6 +7,7 @@ import difflib
 import json
 import math
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -195,7 +196,15 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     predict.add_argument("--model", required=True, help="output_dir of the training")
     predict.add_argument("--input", required=True, help="picture, volume, DICOM series, or folder of these")
     _add_keys(predict, PREDICT_KEYS, ("inference.json",), required=("output_dir",))
-    demo = verb("demo", _demo, "Train, evaluate and predict on generated chest films.")
+    report = verb("report", _report, "Write one HTML file of trainings, evaluations and predictions.")
+    report.add_argument(
+        "--run", dest="folders", nargs="+", required=True, help="output_dir of one or more of them, side by side"
+    )
+    report.add_argument("--output", help="the HTML file to write (default: report.html in the first folder)")
+    report.add_argument("--overlays", type=_boolean, default=True, help="with pictures of the cases (default: true)")
+    report.add_argument("--log_paths", type=_boolean, default=False, help="name cases and folders (default: false)")
+    report.add_argument("--overwrite", type=_boolean, default=False, help="replace that file (default: false)")
+    demo = verb("demo", _demo, "Every verb once, on generated CT of the abdomen: at most a minute.")
     demo.add_argument("--output_dir", default="demo", help="folder for everything (default: demo)")
     demo.add_argument("--overwrite", type=_boolean, default=False, help="replace an earlier demo (default: false)")
     doctor = verb("doctor", _doctor, "Show versions, device, and where weights and caches are.")
@@ -365,36 +374,21 @@ def _datalist(options: argparse.Namespace) -> None:
     run(options, vars(_build_parser()[0].parse_args(["datalist"])))
 
 
-def _demo(options: argparse.Namespace) -> None:
-    from blosam_monai.data.datalist import make_datalist, write_datalist
-    from blosam_monai.data.pairing import pair_folders
-    from blosam_monai.data.phantoms import PHANTOM_LABELS, write_chest_films
+def _report(options: argparse.Namespace) -> None:
+    from blosam_monai.report import write_report
 
-    root = Path(options.output_dir)
-    data = root / "data"
-    write_chest_films(data, 16)
-    items = pair_folders(data / "images", data / "labels", data)
-    datalist = make_datalist(items, PHANTOM_LABELS, dataset_dir=data, n_shot=4, seed=0, n_validation=2, name="phantoms")
-    write_datalist(data / "list.json", datalist)
-    store = f"sqlite:///{(root / 'mlruns.db').resolve()}"
-    listed = ["--dataset_dir", str(data), "--data_list", str(data / "list.json"), "--tracking_uri", store]
-    model = str(root / "train")
-    for arguments in (
-        ["train", *listed, "--output_dir", model, "--max_epochs", "40"],
-        ["evaluate", "--model", model, *listed, "--output_dir", str(root / "evaluate")],
-        ["predict", "--model", model, "--input", str(data / "images"), "--output_dir", str(root / "masks")],
-    ):
-        if options.overwrite:
-            arguments += ["--overwrite", "true"]
-        print("\n$ blosam " + " ".join(arguments), flush=True)
-        if status := main(arguments):
-            raise SystemExit(status)
-    scores = json.loads((root / "evaluate" / "summary.json").read_text(encoding="utf-8"))["scores"]["testing"]
-    print("\nDice on 10 test films (random SAM weights: this shows that the machine runs, not accuracy):")
-    print(", ".join(f"{task} {numbers['dice_mean']:.3f}" for task, numbers in scores.items()))
-    print(f"masks      {root / 'masks'}   (label values 1 lung, 2 heart: nearly black in a picture viewer)")
-    print(f"overlays   {root / 'evaluate' / 'overlays'}   (open any of the pictures)")
-    print(f"MLflow     mlflow ui --backend-store-uri {store}   (then open its address)")
+    given = {name: getattr(options, name) for name in ("overlays", "log_paths", "overwrite")}
+    print(f"report: {write_report(options.folders, options.output, **given)}")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from blosam_monai.demo import run_demo
+
+    def run(arguments: list[str]) -> int:
+        print(f"\n$ blosam {shlex.join(arguments)}", flush=True)
+        return main(arguments)
+
+    print(run_demo(options.output_dir, overwrite=options.overwrite, run=run))
 
 
 def _doctor(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What happens around the iterations: scores of cases, the manifest, the best adapters, exact resume, progress."""
+"""What happens around the iterations: scores of cases, manifest, curves, the best adapters, exact resume, progress."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from blosam_monai.engines.bilevel_trainer import UPPER_LOSS
 from blosam_monai.engines.case_evaluator import FAILED, CaseEvents
 from blosam_monai.errors import one_line, without_names
 from blosam_monai.files import PathLike, atomic, case_hash
-from blosam_monai.metrics import TABLES, case_scores, write_table
+from blosam_monai.metrics import TABLES, case_scores, write_rows, write_table
 from blosam_monai.networks.adapters import save_adapters
 from blosam_monai.networks.prompt_sam import PromptSam
 from blosam_monai.outputs import MANIFEST
@@ -32,6 +33,7 @@ from blosam_monai.transforms import picture_of
 logger = logging.getLogger(__name__)
 
 SELECTIONS = ("last", "upper", "validation")
+CURVES = "curves.csv"
 
 
 def case_id(item: Mapping[Any, Any]) -> str:
@@ -161,10 +163,13 @@ class ManifestHandler:
     Args:
         output_dir: folder of the manifest.
         log_paths: also the paths of image and outputs, and errors as they were said on the terminal.
+        model: what every line says of the model, since a later run may have another: see ``describe_model``.
     """
 
-    def __init__(self, output_dir: PathLike, *, log_paths: bool = False) -> None:
-        self.path, self.log_paths = Path(output_dir) / MANIFEST, log_paths
+    def __init__(
+        self, output_dir: PathLike, *, log_paths: bool = False, model: Mapping[str, Any] | None = None
+    ) -> None:
+        self.path, self.log_paths, self.model = Path(output_dir) / MANIFEST, log_paths, dict(model or {})
 
     def attach(self, engine: Engine) -> None:
         """Attach to a ``CaseEvaluator``."""
@@ -186,6 +191,7 @@ class ManifestHandler:
                 for output in case.outputs
             ],
             "notes": list(case.notes),
+            **self.model,
         }
         if case.error is not None:
             text = one_line(case.error)
@@ -207,6 +213,79 @@ class ManifestHandler:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
             torn = file.read(1) not in (b"", b"\n")  # an earlier run was killed in mid-line
             file.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
+
+
+class CurvesHandler:
+    """Keep the curves of a training in ``curves.csv``: both losses and the Dice of each task, a line an epoch.
+
+    A loss is the mean over the iterations of its epoch. Dice is on the images' own grid, so that its curves compare:
+    epoch 0 is the untrained network. The file is written whenever Dice was measured. A resumed training goes on with
+    the epochs of the state it was saved in: none is lost, none is doubled.
+
+    Args:
+        output_dir: folder of the file.
+        tasks: names of the tasks.
+        evaluators: section (``lower upper validation``) -> evaluator of its Dice, which the trainer runs as it goes;
+            None where the section is empty. The testing section is never looked at during a training.
+    """
+
+    LOSSES = (CommonKeys.LOSS.value, UPPER_LOSS)  # plain text: the state loads with ``weights_only=True``
+
+    def __init__(self, output_dir: PathLike, tasks: Sequence[str], evaluators: Mapping[str, Evaluator | None]) -> None:
+        self.path, self.tasks = Path(output_dir) / CURVES, list(tasks)
+        self.evaluators = {section: e for section, e in evaluators.items() if e is not None}
+        self.rows: dict[int, dict[str, float]] = {}  # by epoch
+        self._losses: list[dict[str, float]] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the trainer, before ``TrainingState``; the evaluators are those given."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._losses.clear)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._note_losses)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._average_losses)
+        engine.add_event_handler(Events.COMPLETED, self._measure_last)
+        for section, evaluator in self.evaluators.items():
+            evaluator.add_event_handler(Events.EPOCH_COMPLETED, self._note_dice, section, engine)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The curves so far."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore ``state_dict``."""
+        self.rows = state["rows"]
+
+    def _note_losses(self, engine: Engine) -> None:
+        output = engine.state.output
+        first = output if isinstance(output, dict) else output[0]
+        self._losses.append({name: float(first[name]) for name in self.LOSSES if name in first})
+
+    def _average_losses(self, engine: Engine) -> None:
+        """Comes after the evaluators, which the trainer runs from handlers of its own."""
+        row = self._row(engine.state.epoch)
+        measured = len(row) > 1
+        row.update({name: fmean(losses[name] for losses in self._losses) for name in self._losses[0]})
+        if measured:
+            self._write()
+
+    def _note_dice(self, evaluator: Engine, section: str, trainer: Engine) -> None:
+        for metric in evaluator.state.metric_details:
+            scores = zip(self.tasks, task_means(evaluator, metric).tolist(), strict=True)
+            self._row(trainer.state.epoch).update({f"{section}_dice/{task}": score for task, score in scores})
+
+    def _measure_last(self, engine: Engine) -> None:
+        """At the end of the training: the last epoch is measured too when it is not one of the interval."""
+        for section, evaluator in self.evaluators.items():
+            if f"{section}_dice/{self.tasks[0]}" not in self._row(engine.state.epoch):
+                evaluator.run(engine.state.epoch)
+        self._write()
+
+    def _row(self, epoch: int) -> dict[str, float]:
+        return self.rows.setdefault(epoch, {"epoch": epoch})
+
+    def _write(self) -> None:
+        dice = [f"{section}_dice/{task}" for section in self.evaluators for task in self.tasks]
+        names = ["epoch", *self.LOSSES, *dice]
+        write_rows(self.path, [{name: row.get(name, "") for name in names} for _, row in sorted(self.rows.items())])
 
 
 class BestAdapters:

@@ -37,24 +37,21 @@ from blosam_monai.networks.prompt_sam import PromptSam
 logger = logging.getLogger(__name__)
 
 
-class BilevelMLFlowHandler(MLFlowHandler):
-    """One MLflow run for a training: both levels, every task, what went in and what came out.
+class RunHandler(MLFlowHandler):
+    """One MLflow run for one run of an engine: new, unique by name, never left RUNNING.
 
-    On MONAI's handler, which knows one optimizer, writes every number on its own (25 ms each), joins whatever run is
-    not finished and leaves a crashed run RUNNING. Here a run is new and unique by name, metrics go out in batches, a
-    crash ends it as FAILED, and a resumed training continues its own run. No file name is logged unless ``log_paths``.
+    On MONAI's handler, which writes every number on its own (25 ms each), joins whatever run is not finished and leaves
+    a crashed run RUNNING. Here metrics go out in batches, a crash ends the run as FAILED, and what is resumed continues
+    its own run.
 
     Args:
         tracking_uri, experiment_name, run_name, experiment_param: as in ``MLFlowHandler``; a run name that is
             taken gets a number.
-        tasks: names of the tasks.
-        optimizers: name -> optimizer whose learning rate is logged.
-        evaluators: name -> evaluator whose Dice of each task is logged.
+        numbers: what is logged of the engine's output, at every iteration.
         seconds: metrics are sent at least this often.
     """
 
     default_tracking_params: list[str] = []  # noqa: RUF012 (all settings are in experiment_param)
-    NUMBERS = (CommonKeys.LOSS, UPPER_LOSS, "hypergradient_norm", "prompt_norm")
 
     def __init__(
         self,
@@ -62,10 +59,8 @@ class BilevelMLFlowHandler(MLFlowHandler):
         experiment_name: str,
         run_name: str,
         *,
-        tasks: Sequence[str] = (),
+        numbers: Sequence[str] = (),
         experiment_param: Mapping[str, Any] | None = None,
-        optimizers: Mapping[str, torch.optim.Optimizer] | None = None,
-        evaluators: Mapping[str, Evaluator | None] | None = None,
         seconds: float = 5.0,
     ) -> None:
         environment = os.environ.pop("MLFLOW_TRACKING_URI", None)  # MONAI lets it beat the argument
@@ -79,26 +74,19 @@ class BilevelMLFlowHandler(MLFlowHandler):
         finally:
             if environment is not None:
                 os.environ["MLFLOW_TRACKING_URI"] = environment
-        self.tasks = list(tasks)
-        self.optimizers = dict(optimizers or {})
-        self.evaluators = {name: e for name, e in (evaluators or {}).items() if e is not None}
+        self.numbers = tuple(numbers)
         self.seconds = seconds
         self.resume_run_id: str | None = None
         self.cur_run: Any = None
         self._pending: list[Metric] = []
         self._logged_to: dict[str, int] = {}
-        self._rates: dict[str, float] = {}
         self._sent = time.monotonic()
         self._created = int(time.time() * 1000)
 
     def attach(self, engine: Engine) -> None:
-        """Attach to the trainer (or to an evaluator that runs alone); ``evaluators`` are attached to by themselves."""
+        """Attach to the engine."""
         super().attach(engine)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
-        if self.optimizers:
-            engine.add_event_handler(BilevelEvents.LOWER_STEP_COMPLETED, self._note_rates)
-        for name, evaluator in self.evaluators.items():
-            evaluator.add_event_handler(Events.EPOCH_COMPLETED, self._log_tasks, name)
 
     def start(self, engine: Engine) -> None:
         """Create the run, or go on with the one of the training that is resumed."""
@@ -115,25 +103,12 @@ class BilevelMLFlowHandler(MLFlowHandler):
         self._delete_exist_param_in_dict(params)
         self._log_params(params)
 
-    def finish(
-        self, output_dir: PathLike, data_list: PathLike, configs: Sequence[PathLike], options: Mapping[str, Any]
-    ) -> None:
-        """Log the scores and the artifacts, and end the run as FINISHED; called when everything is done.
-
-        Artifacts: adapters, table of cases, overlays, data list, and the executed config: its files and, as
-        ``options.json``, the values they ran with (``monai.bundle run --config_file ... --args_file options.json``).
-        Unless the option ``log_paths`` is set, no name of a file, subject or folder is among them.
-        """
-        summary = json.loads((Path(output_dir) / "summary.json").read_text(encoding="utf-8"))
-        self._log_metrics({"failed_cases": summary["settings"]["failed_cases"]})
-        for section, by_task in summary["scores"].items():
-            for task, numbers in by_task.items():
-                known = {name: value for name, value in numbers.items() if value is not None}  # else no case has it
-                self._log_metrics({f"{section}_{name}/{task}": value for name, value in known.items()})
-        with tempfile.TemporaryDirectory() as folder:
-            collect_record(folder, output_dir, data_list, configs, options)
-            self._flush()
-            self.client.log_artifacts(self.cur_run.info.run_id, folder)
+    def close(self, *paths: PathLike) -> None:
+        """Log files, and the contents of folders, and end the run as FINISHED; called when everything is done."""
+        self._flush()
+        for path in paths:
+            log = self.client.log_artifacts if Path(path).is_dir() else self.client.log_artifact
+            log(self.cur_run.info.run_id, str(path))
         self._end("FINISHED")
 
     def state_dict(self) -> dict[str, Any]:
@@ -159,26 +134,13 @@ class BilevelMLFlowHandler(MLFlowHandler):
     def _default_iteration_log(self, engine: Engine) -> None:
         output = engine.state.output
         first = output if isinstance(output, dict) else (output or [{}])[0]  # of a case that failed there is none
-        metrics = {name: float(first[name]) for name in self.NUMBERS if name in first}
-        self._log_metrics(metrics | self._rates, engine.state.iteration)
-
-    def _note_rates(self) -> None:
-        """The learning rates that the step took, before the schedules change them."""
-        self._rates = {f"lr_{name}": opt.param_groups[0]["lr"] for name, opt in self.optimizers.items()}
+        metrics = {name: float(first[name]) for name in self.numbers if name in first}
+        self._log_metrics(metrics, engine.state.iteration)
 
     def _default_epoch_log(self, engine: Engine) -> None:
-        details = engine.state.metric_details
+        details = engine.state.metric_details if hasattr(engine.state, "metric_details") else {}
         others = {k: v for k, v in engine.state.metrics.items() if k not in details and np.isscalar(v)}
         self._log_metrics(others, engine.state.epoch)
-        for metric in details:
-            self._log_tasks(engine, metric.removesuffix("_mean_dice"))
-
-    def _log_tasks(self, engine: Engine, name: str) -> None:
-        self.start(engine)  # an evaluation before the first epoch comes before the trainer has started
-        for metric in engine.state.metric_details:
-            scores = dict(zip(self.tasks, task_means(engine, metric).tolist(), strict=True))
-            self._log_metrics({f"{name}_dice/{task}": score for task, score in scores.items()}, engine.state.epoch)
-            self._log_metrics({f"{name}_mean_dice": engine.state.metrics[metric]}, engine.state.epoch)
 
     def _log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         now, step = int(time.time() * 1000), step or 0
@@ -217,6 +179,93 @@ class BilevelMLFlowHandler(MLFlowHandler):
             self._dispose_sqlite_store()
 
 
+class BilevelMLFlowHandler(RunHandler):
+    """The run of a training or an evaluation: both levels, every task, what went in and what came out.
+
+    On ``RunHandler``, which knows one engine and no tasks. No file name is logged unless ``log_paths``.
+
+    Args:
+        tracking_uri, experiment_name, run_name, experiment_param, seconds: see ``RunHandler``.
+        tasks: names of the tasks.
+        optimizers: name -> optimizer whose learning rate is logged.
+        evaluators: name -> evaluator whose Dice of each task is logged.
+    """
+
+    NUMBERS = (CommonKeys.LOSS, UPPER_LOSS, "hypergradient_norm", "prompt_norm")
+
+    def __init__(
+        self,
+        tracking_uri: str,
+        experiment_name: str,
+        run_name: str,
+        *,
+        tasks: Sequence[str] = (),
+        experiment_param: Mapping[str, Any] | None = None,
+        optimizers: Mapping[str, torch.optim.Optimizer] | None = None,
+        evaluators: Mapping[str, Evaluator | None] | None = None,
+        seconds: float = 5.0,
+    ) -> None:
+        super().__init__(
+            tracking_uri,
+            experiment_name,
+            run_name,
+            numbers=self.NUMBERS,
+            experiment_param=experiment_param,
+            seconds=seconds,
+        )
+        self.tasks = list(tasks)
+        self.optimizers = dict(optimizers or {})
+        self.evaluators = {name: e for name, e in (evaluators or {}).items() if e is not None}
+        self._rates: dict[str, float] = {}
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to the trainer (or to an evaluator that runs alone); ``evaluators`` are attached to by themselves."""
+        super().attach(engine)
+        if self.optimizers:
+            engine.add_event_handler(BilevelEvents.LOWER_STEP_COMPLETED, self._note_rates)
+        for name, evaluator in self.evaluators.items():
+            evaluator.add_event_handler(Events.EPOCH_COMPLETED, self._log_tasks, name)
+
+    def finish(
+        self, output_dir: PathLike, data_list: PathLike, configs: Sequence[PathLike], options: Mapping[str, Any]
+    ) -> None:
+        """Log the scores and the artifacts, and end the run as FINISHED; called when everything is done.
+
+        Artifacts: adapters, table of cases, overlays, data list, and the executed config: its files and, as
+        ``options.json``, the values they ran with (``monai.bundle run --config_file ... --args_file options.json``).
+        Unless the option ``log_paths`` is set, no name of a file, subject or folder is among them.
+        """
+        summary = json.loads((Path(output_dir) / "summary.json").read_text(encoding="utf-8"))
+        self._log_metrics({"failed_cases": summary["settings"]["failed_cases"]})
+        for section, by_task in summary["scores"].items():
+            for task, numbers in by_task.items():
+                known = {name: value for name, value in numbers.items() if value is not None}  # else no case has it
+                self._log_metrics({f"{section}_{name}/{task}": value for name, value in known.items()})
+        with tempfile.TemporaryDirectory() as folder:
+            collect_record(folder, output_dir, data_list, configs, options)
+            self.close(folder)
+
+    def _default_iteration_log(self, engine: Engine) -> None:
+        super()._default_iteration_log(engine)
+        self._log_metrics(self._rates, engine.state.iteration)
+
+    def _note_rates(self) -> None:
+        """The learning rates that the step took, before the schedules change them."""
+        self._rates = {f"lr_{name}": opt.param_groups[0]["lr"] for name, opt in self.optimizers.items()}
+
+    def _default_epoch_log(self, engine: Engine) -> None:
+        super()._default_epoch_log(engine)
+        for metric in engine.state.metric_details:
+            self._log_tasks(engine, metric.removesuffix("_mean_dice"))
+
+    def _log_tasks(self, engine: Engine, name: str) -> None:
+        self.start(engine)  # an evaluation before the first epoch comes before the trainer has started
+        for metric in engine.state.metric_details:
+            scores = dict(zip(self.tasks, task_means(engine, metric).tolist(), strict=True))
+            self._log_metrics({f"{name}_dice/{task}": score for task, score in scores.items()}, engine.state.epoch)
+            self._log_metrics({f"{name}_mean_dice": engine.state.metrics[metric]}, engine.state.epoch)
+
+
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     return {
@@ -251,6 +300,21 @@ def describe_run(options: Mapping[str, Any], datalist: Mapping[str, Any], networ
         "label_coding": datalist["label_coding"],
         "slice_axis": datalist.get("slice_axis"),
         "snomed": {task: codes for task, codes in datalist.get("snomed", {}).items() if task in network.tasks},
+    }
+
+
+def describe_model(path: PathLike, settings: Mapping[str, Any]) -> dict[str, str]:
+    """What a result says of the model that made it: hashes of its file and of the SAM weights, and our version.
+
+    Args:
+        path: the adapters.
+        settings: theirs.
+    """
+    return {
+        "model_sha256": file_sha256(path) if Path(path).is_file() else "",  # a bundle is looked at before it is trained
+        "sam_model": settings["sam_model"],
+        "sam_weights": settings["sam_weights"],
+        "blosam_monai_version": __version__,
     }
 
 

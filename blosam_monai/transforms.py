@@ -220,11 +220,15 @@ def input_size(height: int, width: int, side: int, spacing: Sequence[float] = (1
 
 
 class LabelToGridd(MapTransform):
-    """Label (T, H, W) -> the decoder's grid (T, S / 4, S / 4), where the loss is taken; nearest, as published."""
+    """Label (T, H, W) -> the decoder's grid (T, G, G), where the loss is taken; nearest, as published.
 
-    def __init__(self, image_size: int, keys: KeysCollection = "label") -> None:
+    Args:
+        image_size, grid_size: S and G in pixels, both of ``PromptSam``.
+    """
+
+    def __init__(self, image_size: int, grid_size: int, keys: KeysCollection = "label") -> None:
         super().__init__(keys)
-        self.image_size = image_size
+        self.image_size, self.grid_size = image_size, grid_size
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Item:
         """Bring the label of one preprocessed item to the grid."""
@@ -232,8 +236,7 @@ class LabelToGridd(MapTransform):
         height, width = item["input_size"].tolist()
         label = F.interpolate(item[self.keys[0]][None], (height, width), mode="nearest-exact")
         label = F.pad(label, (0, self.image_size - width, 0, self.image_size - height))
-        grid = self.image_size // 4
-        item[self.keys[0]] = F.interpolate(label, (grid, grid), mode="nearest-exact")[0]
+        item[self.keys[0]] = F.interpolate(label, (self.grid_size, self.grid_size), mode="nearest-exact")[0]
         return item
 
 

@@ -1,5 +1,6 @@
 """The best adapters of each task, and a training that goes on where it was stopped."""
 
+import csv
 import json
 import math
 import shutil
@@ -10,7 +11,7 @@ import torch
 from ignite.engine import Engine, Events
 
 from blosam_monai.__main__ import main
-from blosam_monai.handlers import BestAdapters, TrainingState
+from blosam_monai.handlers import BestAdapters, CurvesHandler, TrainingState
 from blosam_monai.networks.adapters import read_adapters
 from blosam_monai.networks.prompt_sam import PromptSam
 
@@ -143,6 +144,63 @@ def test_the_state_is_saved_at_its_interval_and_after_the_last_epoch(tmp_path):
     assert saved == [None, 2, 2, 4, 5]
 
 
+class ScriptedEvaluator(Engine):
+    """Its Dice of the two tasks is a tenth and a hundredth of the epoch it is run at."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda engine, batch: None)
+
+    def run(self, epoch: int) -> None:
+        self.state.metric_details = {"lower_mean_dice": torch.tensor([[epoch / 10, epoch / 100]])}
+        super().run([0], max_epochs=2)  # MONAI's evaluator too runs twice at epoch 0
+
+
+def train_with_curves(folder: Path, *, stop: int | None = None, resume: bool = False) -> list[dict[str, str]]:
+    """Five epochs of two iterations, measured at 0, 2, 4 and the end; the loss is a tenth of the iteration's number."""
+
+    def step(engine: Engine, batch: object) -> list[dict[str, float]]:
+        if engine.state.epoch == stop:
+            raise KeyboardInterrupt
+        return [{"loss": engine.state.iteration / 10, "upper_loss": 1.0}]
+
+    trainer, evaluator = Engine(step), ScriptedEvaluator()
+    trainer.state.max_epochs, trainer.state.epoch_length = 5, 2
+    if not resume:
+        trainer.add_event_handler(Events.STARTED, lambda: evaluator.run(0))
+    trainer.add_event_handler(Events.EPOCH_COMPLETED(every=2), lambda: evaluator.run(trainer.state.epoch))
+    curves = CurvesHandler(folder, ["lung", "heart"], {"lower": evaluator, "validation": None})
+    curves.attach(trainer)
+    TrainingState(folder / "state.pt", {"curves": curves}, {}, interval=2).attach(trainer, resume=resume)
+    trainer.run([0, 0])
+    with open(folder / "curves.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_curves_have_a_line_an_epoch_with_mean_losses_and_dice_where_it_was_measured(tmp_path):
+    rows = train_with_curves(tmp_path)
+    assert [row["epoch"] for row in rows] == ["0", "1", "2", "3", "4", "5"]
+    assert rows[0]["loss"] == ""
+    assert [float(row["loss"]) for row in rows[1:]] == pytest.approx([0.15, 0.35, 0.55, 0.75, 0.95])
+    assert [row["lower_dice/heart"] and round(float(row["lower_dice/heart"]), 6) for row in rows] == [
+        *(0.0, "", 0.02, "", 0.04),
+        0.05,  # the end is measured too
+    ]
+
+
+@pytest.mark.parametrize("stop", [3, 4, 5])
+def test_curves_of_a_killed_training_lose_and_double_no_epoch(tmp_path, stop):
+    whole = train_with_curves(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train_with_curves(tmp_path / "killed", stop=stop)
+    assert train_with_curves(tmp_path / "killed", resume=True) == whole
+
+
+def test_an_interrupted_training_leaves_the_curves_to_its_last_measurement(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train_with_curves(tmp_path, stop=4)
+    assert (tmp_path / "curves.csv").read_text().splitlines()[-1].startswith("2,0.35,1.0,")
+
+
 RUNS = {
     "validation": {"selection": "validation", "hypergradient": "first_order"},
     "crossfit": {"selection": "last", "crossfit": "true"},
@@ -237,6 +295,10 @@ def test_a_resumed_training_has_the_same_table_of_cases(finished, resumed):
     assert (resumed / "cases.csv").read_bytes() == (finished[0] / "cases.csv").read_bytes()
 
 
+def test_a_resumed_training_has_the_same_curves(finished, resumed):
+    assert (resumed / "curves.csv").read_bytes() == (finished[0] / "curves.csv").read_bytes()
+
+
 def test_resuming_a_finished_training_changes_nothing(finished, done, phantoms):
     assert train(phantoms, done, **finished[1], resume="true") == 0
     before, after = files_of(finished[0]), files_of(done)
@@ -245,6 +307,19 @@ def test_resuming_a_finished_training_changes_nothing(finished, done, phantoms):
 
 # What follows does not depend on the options of the training: one of the two is enough.
 one_training = pytest.mark.parametrize("finished", ["crossfit"], indirect=True)
+
+
+@one_training
+def test_the_curves_end_at_the_dice_of_the_table_of_cases(finished):
+    """Both are of the last epoch; the table is scored case by case in other code."""
+    folder, _ = finished
+    last = list(csv.DictReader((folder / "curves.csv").read_text().splitlines()))[-1]
+    table = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
+    for section in ("lower", "upper", "validation"):
+        for task in ("lung", "heart"):
+            dice = [row["dice"] for row in table if row["section"] == section and row["task"] == task]
+            assert len(dice) == 2
+            assert float(last[f"{section}_dice/{task}"]) == pytest.approx(sum(dice) / 2, abs=1e-6)
 
 
 def refusal(capsys, status: int) -> str:

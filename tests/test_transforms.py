@@ -197,7 +197,7 @@ def test_the_bright_corner_of_a_picture_is_the_bright_corner_of_the_input(tmp_pa
 def test_a_label_reaches_the_grid_of_the_loss_pixel_by_pixel():
     """A picture 4 x 8 at S = 32: 16 x 32 pixels of the input, 4 x 8 of the grid 8 x 8, so nothing is resampled."""
     label = torch.randint(0, 2, (2, 4, 8), generator=torch.Generator().manual_seed(0)).float()
-    item = LabelToGridd(32)({"label": label, "input_size": torch.tensor([16, 32])})
+    item = LabelToGridd(32, 8)({"label": label, "input_size": torch.tensor([16, 32])})
     assert item["label"].shape == (2, 8, 8)
     assert torch.equal(item["label"][:, :4], label)
     assert not item["label"][:, 4:].any()
@@ -208,7 +208,7 @@ def test_a_label_is_taken_at_the_middle_of_each_cell_of_the_grid():
     label = torch.zeros(1, 16, 16)
     label[0, 6, 10] = 1
     label[0, 5, 1] = 1
-    grid = LabelToGridd(16)({"label": label, "input_size": torch.tensor([16, 16])})["label"]
+    grid = LabelToGridd(16, 4)({"label": label, "input_size": torch.tensor([16, 16])})["label"]
     assert grid.nonzero().tolist() == [[0, 1, 2]]
 
 
@@ -235,7 +235,7 @@ def test_a_label_that_goes_to_the_grid_and_back_is_the_same_disc(mode, height, w
     radius = 0.35 * min(height, width)
     disc = torch.from_numpy(np.hypot(y - 0.45 * height, x - 0.6 * width) < radius)[None].float()
     item = {"image": disc.repeat(3, 1, 1) * 200, "label": disc, "native_size": torch.tensor((height, width))}
-    item = LabelToGridd(256)(PreprocessImaged(256, mode)(item))
+    item = LabelToGridd(256, 64)(PreprocessImaged(256, mode)(item))
     logits = F.interpolate(item["label"][None] - 0.5, (256, 256), mode="bilinear", align_corners=False)[0]
     back = RestoreSized()({**item, "pred": logits})["pred"]
     assert compute_dice((back > 0)[None].float(), disc[None]).item() > 0.98

@@ -49,6 +49,11 @@ class PromptSam(nn.Module):
         self.settings = dict(zip(self.SETTINGS, values, strict=True))
 
     @property
+    def grid_size(self) -> int:
+        """Side G of the masks as the decoder draws them, in pixels: four for a place of the embedding."""
+        return 4 * self.sam.prompt_encoder.image_embedding_size[0]
+
+    @property
     def sam_weights(self) -> str:
         """``random`` or the SHA-256 of the checkpoint file."""
         return self.sam.weights
@@ -64,7 +69,7 @@ class PromptSam(nn.Module):
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
-        """Image (B, 3, S, S), preprocessed -> embedding (B, C, h, w), h = S / 16. Frozen, so without a graph."""
+        """Image (B, 3, S, S), preprocessed -> embedding (B, C, h, w), h = G / 4. Frozen, so without a graph."""
         return self.sam.image_encoder(image)
 
     def decode(self, embedding: Tensor) -> Tensor:

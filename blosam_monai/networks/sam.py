@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from blosam_monai.files import PathLike, file_sha256
+from blosam_monai.networks.hybrid_encoder import EMBEDDING_STRIDE, TOKEN_STRIDE, HybridEncoder
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
@@ -38,15 +40,14 @@ DOWNLOAD = "download"  # a checkpoint's name: Meta's file, fetched if it is not 
 
 @dataclass(frozen=True)
 class SamSize:
-    """The numbers that make a SAM: widths and depths, lengths in tokens, the patch in pixels."""
+    """The numbers that make a SAM: widths and depths, lengths in tokens, the stride of the embedding in pixels."""
 
     encoder_width: int
     encoder_depth: int
     encoder_heads: int
-    global_blocks: tuple[int, ...]
-    window: int = 14
+    global_blocks: tuple[int, ...] | None  # of SAM's ViT; None: the hybrid encoder, whose blocks are all global
     decoder_mlp: int = 2048
-    patch: int = 16
+    stride: int = 16
     embedding_channels: int = 256
 
 
@@ -54,8 +55,7 @@ SAM_SIZES = {
     "vit_b": SamSize(768, 12, 12, (2, 5, 8, 11)),
     "vit_l": SamSize(1024, 24, 16, (5, 11, 17, 23)),
     "vit_h": SamSize(1280, 32, 16, (7, 15, 23, 31)),
-    # 4.4 M parameters at 256 pixels, 4.9 M at 1024; windows of 8 tile the 16 x 16 tokens of 256 pixels without padding.
-    "tiny": SamSize(128, 6, 4, (2, 5), window=8, decoder_mlp=512),
+    "tiny": SamSize(192, 6, 6, None, decoder_mlp=512, stride=EMBEDDING_STRIDE, embedding_channels=128),
 }
 
 
@@ -85,6 +85,9 @@ SAM_FILES = {
         "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
     ),
 }
+TINY_FILE = Path(__file__).parent / "weights" / "tiny.safetensors"  # ours; its model card lies beside it
+TINY_SHA256 = "88a63f570d66c436201a623e1e14ed5c16875e6d24baddf5d2b69d004a739ff3"
+_SHA256 = {"tiny": TINY_SHA256, **{model: file.sha256 for model, file in SAM_FILES.items()}}
 
 
 def build_sam(model: str, image_size: int, checkpoint: PathLike | None = None) -> Sam:
@@ -93,8 +96,9 @@ def build_sam(model: str, image_size: int, checkpoint: PathLike | None = None) -
     Args:
         model: ``vit_b``, ``vit_l``, ``vit_h`` or ``tiny``.
         image_size: side of the square input in pixels, a multiple of the patch (16).
-        checkpoint: a file; ``random`` for seeded random weights; ``download`` for Meta's file, fetched into the cache
-            if it is not there; None for Meta's file in the cache (never fetched) or, for ``tiny``, random weights.
+        checkpoint: a file (Meta's ``.pth`` or a ``.safetensors``); ``random`` for seeded random weights; ``download``
+            for Meta's file, fetched into the cache if it is not there; None for the file in this package (``tiny``) or
+            Meta's file in the cache, never fetched.
 
     Returns:
         The network, with ``weights`` = ``random`` or the SHA-256 of the file it was read from.
@@ -106,10 +110,10 @@ def build_sam(model: str, image_size: int, checkpoint: PathLike | None = None) -
     if model not in SAM_SIZES:
         raise ValueError(f"sam_model: {model!r} is not one of {', '.join(SAM_SIZES)}.")
     size = SAM_SIZES[model]
-    if image_size < size.patch or image_size % size.patch:
-        raise ValueError(f"image_size: {image_size} is not a positive multiple of the patch, {size.patch} pixels.")
-    if checkpoint is None and model == "tiny":
-        checkpoint = RANDOM
+    if image_size < TOKEN_STRIDE or image_size % TOKEN_STRIDE:
+        raise ValueError(
+            f"image_size: {image_size} is not a positive multiple of {TOKEN_STRIDE} pixels, a token's side."
+        )
     if checkpoint == RANDOM:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -122,9 +126,9 @@ def build_sam(model: str, image_size: int, checkpoint: PathLike | None = None) -
     sam = _assemble(size, image_size)
     sam.load_state_dict(_read_state(path, sam, model))
     sam.weights = file_sha256(path)
-    if published and sam.weights != SAM_FILES[model].sha256:
+    if published and sam.weights != _SHA256[model]:
         raise ValueError(
-            f"sam_checkpoint: {path} has SHA-256 {sam.weights}, Meta's file {SAM_FILES[model].sha256}; replace it, or "
+            f"sam_checkpoint: {path} has SHA-256 {sam.weights}, the published file {_SHA256[model]}; replace it, or "
             "give its path as sam_checkpoint to use it as it is."
         )
     return sam.eval()
@@ -132,22 +136,9 @@ def build_sam(model: str, image_size: int, checkpoint: PathLike | None = None) -
 
 def _assemble(size: SamSize, image_size: int) -> Sam:
     modeling = import_segment_anything().modeling
-    side = image_size // size.patch
+    side = image_size // size.stride
     return modeling.Sam(
-        image_encoder=modeling.ImageEncoderViT(
-            depth=size.encoder_depth,
-            embed_dim=size.encoder_width,
-            img_size=image_size,
-            mlp_ratio=4,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            num_heads=size.encoder_heads,
-            patch_size=size.patch,
-            qkv_bias=True,
-            use_rel_pos=True,
-            global_attn_indexes=size.global_blocks,
-            window_size=size.window,
-            out_chans=size.embedding_channels,
-        ),
+        image_encoder=_image_encoder(size, image_size),
         prompt_encoder=modeling.PromptEncoder(
             embed_dim=size.embedding_channels,
             image_embedding_size=(side, side),
@@ -165,6 +156,33 @@ def _assemble(size: SamSize, image_size: int) -> Sam:
         ),
         pixel_mean=PIXEL_MEAN,
         pixel_std=PIXEL_STD,
+    )
+
+
+def _image_encoder(size: SamSize, image_size: int) -> nn.Module:
+    encoder = import_segment_anything().modeling.image_encoder
+    if size.global_blocks is None:
+        return HybridEncoder(
+            image_size,
+            size.encoder_width,
+            size.encoder_depth,
+            size.encoder_heads,
+            out_channels=size.embedding_channels,
+            block=encoder.Block,
+        )
+    return encoder.ImageEncoderViT(
+        depth=size.encoder_depth,
+        embed_dim=size.encoder_width,
+        img_size=image_size,
+        mlp_ratio=4,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        num_heads=size.encoder_heads,
+        patch_size=size.stride,
+        qkv_bias=True,
+        use_rel_pos=True,
+        global_attn_indexes=size.global_blocks,
+        window_size=14,
+        out_chans=size.embedding_channels,
     )
 
 
@@ -197,7 +215,10 @@ def _read_state(path: Path, sam: Sam, model: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"sam_checkpoint: {path} does not exist; give a SAM checkpoint file for {model}.")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            state = {name: value.float() for name, value in load_file(path).items()}
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(
             f"sam_checkpoint: {path} cannot be read as a SAM checkpoint ({type(error).__name__}): it is truncated, "
@@ -250,9 +271,12 @@ def embeddings_dir() -> Path:
 
 
 def find_checkpoint(model: str, *, fetch: bool) -> Path:
-    """Path of Meta's checkpoint of a model in the cache; fetched if asked, an error that says how to get it if not."""
-    if model not in SAM_FILES:
-        raise ValueError(f"sam_checkpoint: there is no published file for {model}; use sam_checkpoint=random.")
+    """Path of the tiny SAM in this package, or of Meta's checkpoint in the cache.
+
+    Meta's is fetched if asked; if not, the error says how to get it.
+    """
+    if model == "tiny":
+        return TINY_FILE
     file = SAM_FILES[model]
     path = cache_dir() / Path(file.url).name
     if path.is_file():

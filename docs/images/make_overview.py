@@ -1,6 +1,6 @@
 """Make overview.png for the README from generated phantoms: run ``python docs/images/make_overview.py``.
 
-It runs ``blosam demo`` in a temporary folder (20 seconds on two cores) and lays out what the demo read and wrote.
+It runs ``blosam demo`` in a temporary folder (a minute on two cores) and lays out what the demo read and wrote.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from blosam_monai.__main__ import main
-from blosam_monai.data.phantoms import PHANTOM_LABELS
+from blosam_monai.data.phantoms import CT_LABELS
 from blosam_monai.data.writers.pictures import write_overlay
 from blosam_monai.files import PathLike
 from blosam_monai.transforms import LoadCased, SliceToPictured
 
 TARGET = Path(__file__).with_name("overview.png")
 COLUMNS = 4
-TILE = 207, 161  # pixels, width and height: the proportions of a phantom
+TILE = 207, 148  # pixels, width and height: the proportions of a phantom
 GAP, TITLE = 6, 26  # pixels
 COLOURS = 128  # of the palette, so that the file stays under 300 kB
 
@@ -30,7 +30,10 @@ def make_overview(target: PathLike) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if main(["demo", "--output_dir", folder]):
             raise SystemExit("the demo failed")
-        data, masks = Path(folder, "data"), Path(folder, "masks")
+        data, masks = Path(folder, "data"), Path(folder, "test_masks")
+        predict = ["predict", "--model", str(Path(folder, "train")), "--input", str(data / "images")]
+        if main([*predict, "--output_dir", str(masks)]):
+            raise SystemExit("the prediction failed")
         content = json.loads((data / "list.json").read_text(encoding="utf-8"))
         supports = content["lower"] + content["upper"]
         tests = content["testing"][:COLUMNS]
@@ -71,7 +74,7 @@ def _tinted(image: Path, mask: Path, *, outline: Path | None = None) -> Image.Im
 
 def _read(image: Path, mask: Path) -> dict[str, np.ndarray]:
     """``image`` (3, H, W), 0 to 255, and ``label``: binary masks (T, H, W)."""
-    item = SliceToPictured()(LoadCased(PHANTOM_LABELS)({"image": str(image), "label": str(mask)}))
+    item = SliceToPictured()(LoadCased(CT_LABELS)({"image": str(image), "label": str(mask)}))
     return {key: item[key].numpy() for key in ("image", "label")}
 
 

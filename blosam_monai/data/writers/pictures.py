@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 from PIL import Image
-from scipy.ndimage import binary_dilation
+from scipy.ndimage import binary_dilation, binary_erosion
 
 from blosam_monai.files import PathLike, atomic
 
-# Okabe and Ito 2008: eight colours that colour-blind readers tell apart; without black, white least confused first.
+# Okabe and Ito 2008: eight colours that colour-blind readers tell apart; without black, those brightest on gray first.
 COLOURS = np.array(
-    [[0, 158, 115], [230, 159, 0], [86, 180, 233], [204, 121, 167], [240, 228, 66], [0, 114, 178], [213, 94, 0]],
+    [[86, 180, 233], [230, 159, 0], [0, 158, 115], [204, 121, 167], [240, 228, 66], [0, 114, 178], [213, 94, 0]],
     dtype=np.float32,
 )
+LINES_IN_PICTURE = 200  # an outline is this part of the longer side wide, so that it is seen in a picture made small
 
 
 def write_label(path: PathLike, label: np.ndarray) -> None:
@@ -45,7 +46,10 @@ def _write_gray(path: PathLike, values: np.ndarray) -> None:
 
 
 def write_overlay(path: PathLike, image: np.ndarray, pred: np.ndarray, label: np.ndarray | None = None) -> None:
-    """Write a picture with each task's prediction tinted and, where given, the label outlined in white.
+    """Write a picture with predictions tinted; where labels are given, with the outlines of both instead.
+
+    A prediction is outlined inside of it in the colour of its task, a label outside of it, dashed in black and white:
+    equal masks lie side by side, the dashes show on any background, and colour is not all that tells the two apart.
 
     Args:
         path: a PNG file.
@@ -53,10 +57,17 @@ def write_overlay(path: PathLike, image: np.ndarray, pred: np.ndarray, label: np
         pred, label: (T, H, W), binary.
     """
     canvas = image.transpose(1, 2, 0).astype(np.float32).copy()  # (H, W, 3)
+    width = max(2, round(max(canvas.shape) / LINES_IN_PICTURE))
     for mask, colour in zip(pred.astype(bool), _colours(len(pred)), strict=True):
-        canvas[mask] = 0.6 * canvas[mask] + 0.4 * colour
+        if label is None:
+            canvas[mask] = 0.6 * canvas[mask] + 0.4 * colour
+        else:
+            canvas[mask & ~binary_erosion(mask, iterations=width, border_value=1)] = colour
+    y, x = np.ogrid[: canvas.shape[0], : canvas.shape[1]]
+    dashes = np.where((2 * x + y) // (6 * width) % 2, 255, 0)  # (H, W)
     for mask in [] if label is None else label.astype(bool):
-        canvas[binary_dilation(mask, iterations=2) & ~mask] = 255
+        line = binary_dilation(mask, iterations=width) & ~mask
+        canvas[line] = dashes[line, None]
     with atomic(path) as part:
         Image.fromarray(canvas.clip(0, 255).astype(np.uint8)).save(part, format="PNG")
 

@@ -58,16 +58,46 @@ def test_an_overlay_tints_the_predicted_pixels_only(tmp_path):
     assert len({tuple(shown[mask][0]) for mask in pred}) == 2
 
 
-def test_an_overlay_outlines_the_label_in_white_outside_of_it(tmp_path):
-    image = np.full((3, 16, 16), 100, dtype=np.float32)
-    label = np.zeros((1, 16, 16), dtype=bool)
-    label[0, 6:10, 6:10] = True
-    write_overlay(tmp_path / "x.png", image, np.zeros_like(label), label)
-    with Image.open(tmp_path / "x.png") as picture:
-        white = (np.asarray(picture) == 255).all(-1)
-    y, x = np.mgrid[:16, :16]
-    distance = np.maximum(6 - y, y - 9).clip(0) + np.maximum(6 - x, x - 9).clip(0)  # city block, to the square
-    assert np.array_equal(white, (distance == 1) | (distance == 2))
+def outlines(pred: np.ndarray, label: np.ndarray, path) -> np.ndarray:
+    """The overlay (H, W, 3) of masks (T, H, W) on even gray."""
+    write_overlay(path, np.full((3, *label.shape[1:]), 100, dtype=np.float32), pred, label)
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+def test_an_overlay_outlines_the_label_outside_of_it_dashed_in_black_and_white(tmp_path):
+    label = np.zeros((1, 48, 48), dtype=bool)
+    label[0, 6:40, 6:40] = True
+    shown = outlines(np.zeros_like(label), label, tmp_path / "x.png")
+    y, x = np.mgrid[:48, :48]
+    distance = np.maximum(6 - y, y - 39).clip(0) + np.maximum(6 - x, x - 39).clip(0)  # city block, to the square
+    line = (distance == 1) | (distance == 2)
+    assert (shown[~line] == 100).all()
+    dashes = shown[line]
+    assert {tuple(pixel) for pixel in dashes.tolist()} == {(0, 0, 0), (255, 255, 255)}
+    assert 0.4 < (dashes == 255).mean() < 0.6
+
+
+def test_an_overlay_outlines_the_prediction_inside_of_it_in_the_colour_of_its_task(tmp_path):
+    pred = np.zeros((2, 48, 48), dtype=bool)
+    pred[0, 4:12, 4:12] = True
+    pred[1, 20:40, 20:48] = True  # to the end of the picture, where there is no line
+    shown = outlines(pred, np.zeros_like(pred), tmp_path / "x.png")
+    inner = np.zeros_like(pred)
+    inner[0, 6:10, 6:10] = True
+    inner[1, 22:38, 22:48] = True
+    for mask, inside, colour in zip(pred, inner, COLOURS, strict=False):
+        line = mask & ~inside
+        assert (shown[line] == colour).all()
+        assert (shown[inside] == 100).all()
+    assert (shown[~pred.any(0)] == 100).all()
+
+
+def test_an_outline_is_as_wide_in_a_picture_made_small(tmp_path):
+    label = np.zeros((1, 100, 1000), dtype=bool)
+    label[0, :, 500:] = True
+    shown = outlines(np.zeros_like(label), label, tmp_path / "x.png")
+    assert np.flatnonzero((shown != 100).any((0, 2))).tolist() == [495, 496, 497, 498, 499]  # 1 / 200 of the side
 
 
 def test_an_overlay_does_not_change_its_image(tmp_path):

@@ -1,0 +1,346 @@
+"""One self-contained HTML file of what was trained on what, how it went and how good it is: collect, draw, render.
+
+All is read from the tables that ``train``, ``evaluate`` and ``predict`` leave, see docs/reference/formats.md; the page
+loads nothing from anywhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import jinja2
+from PIL import Image
+
+from blosam_monai import __version__
+from blosam_monai.data.writers.pictures import COLOURS
+from blosam_monai.figures import MAX_CURVES, draw_curves
+from blosam_monai.files import PathLike, atomic, file_sha256
+
+logger = logging.getLogger(__name__)
+
+MAX_PICTURES = 60  # of one folder's cases, the worst ones
+PICTURE_SIDE = 320  # pixels
+HELD_OUT = {"testing": "not used in training", "validation": "not trained on, watched during training"}
+TRAINED_ON = {"upper": "upper set D2, part of the training", "lower": "lower set D1, part of the training"}
+_UNITS = {"pixel": "px"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one folder holds.
+
+    Attributes:
+        folder: where it is.
+        kind: ``training``, ``evaluation`` or ``prediction``.
+        settings: as its tables say them.
+        scores: section -> task -> numbers; none for a prediction.
+        rows: an entry for each case and task, with ``section``.
+        curves: a line an epoch, of a training.
+        cases: lines of the last run in its manifest.
+        outputs: ``case_id`` -> hashes of the names of its files, of all runs in its manifest.
+        model: SHA-256 of the model.
+    """
+
+    folder: Path
+    kind: str
+    settings: Mapping[str, Any]
+    scores: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]]
+    curves: Sequence[Mapping[str, float]]
+    cases: Sequence[Mapping[str, Any]]
+    outputs: Mapping[str, set[str]]
+    model: str
+
+
+def write_report(
+    folders: Sequence[PathLike],
+    output: PathLike | None = None,
+    *,
+    overwrite: bool = False,
+    overlays: bool = True,
+    log_paths: bool = False,
+) -> Path:
+    """Write the report of trainings, evaluations and predictions side by side; returns its path.
+
+    Args:
+        folders: their ``output_dir``, in any mix and order.
+        output: the HTML file; default: ``report.html`` in the first folder.
+        overwrite: replace an earlier one.
+        overlays: put the pictures that the folders keep into the report; they are of patients.
+        log_paths: name cases and subjects as the tables do, and folders.
+
+    Raises:
+        ValueError: a folder is none of the three, or its tables are damaged.
+        FileExistsError: ``output`` is there.
+    """
+    path = Path(output) if output else Path(folders[0]) / "report.html"
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"output: {path} exists; choose another, or add overwrite=true.")
+    runs = [collect(folder) for folder in folders]
+    described = [
+        describe(run, titles, overlays=overlays, log_paths=log_paths)
+        for run, titles in zip(runs, _titles(runs), strict=True)
+    ]
+    page = render(described)
+    with atomic(path) as part:
+        part.write_text(page, encoding="utf-8")
+    logger.info("report of %d folders, %.1f MB", len(runs), len(page) / 1e6)
+    return path
+
+
+def collect(folder: PathLike) -> Run:
+    """Read the tables of a folder.
+
+    Raises:
+        ValueError: it has none, or one is damaged.
+    """
+    folder = Path(folder)
+    lines = list(_manifest_lines(folder / "manifest.jsonl"))
+    starts = [i for i, line in enumerate(lines) if line["number"] == 1]
+    outputs: dict[str, set[str]] = {}
+    for line in lines:
+        outputs.setdefault(line["case_id"], set()).update(output["name_id"] for output in line["outputs"])
+    kind, settings, scores, rows, curves = "prediction", _settings_of(lines), {}, [], []
+    if (folder / "summary.json").is_file():
+        summary = _read_json(folder / "summary.json")
+        settings, scores = summary["settings"], summary["scores"]
+        kind = "evaluation" if "section" in settings else "training"
+        rows = _read_json(folder / "cases.json")
+        curves = _read_curves(folder / "curves.csv") if kind == "training" else []
+    elif not lines:
+        raise ValueError(
+            f"run: {folder} has no summary.json and no manifest.jsonl; give the output_dir of a training that has "
+            "ended, of an evaluation or of a prediction."
+        )
+    file = folder / "models" / "model.safetensors"
+    model = settings.get("model_sha256") or (file_sha256(file) if file.is_file() else "")
+    return Run(folder, kind, settings, scores, rows, curves, lines[starts[-1] :] if starts else lines, outputs, model)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: is missing or damaged ({type(error).__name__}); run it again.") from error
+
+
+def _manifest_lines(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:  # a line that a killed run tore
+            logger.warning("a torn line of manifest.jsonl is left out")
+
+
+def _settings_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the last line of a manifest says of the model."""
+    known = ("sam_model", "sam_weights", "model_sha256", "blosam_monai_version")
+    return {name: lines[-1][name] for name in known if lines and name in lines[-1]}
+
+
+def _read_curves(path: Path) -> list[dict[str, float]]:
+    """Lines of ``curves.csv``; what was not measured at an epoch is left out."""
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return [{name: float(text) for name, text in row.items() if text} for row in csv.DictReader(file)]
+
+
+def _titles(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """For each run what its model and itself are called; models of one method are numbered."""
+    keys = [run.model or str(run.folder) for run in runs]
+    method_of = {key: run.settings["method"] for key, run in zip(keys, runs, strict=True) if "method" in run.settings}
+    alike: dict[str, list[str]] = {}
+    for key in dict.fromkeys(keys):
+        alike.setdefault(method_of.get(key, "model"), []).append(key)  # a prediction alone does not know it
+    model_of = {
+        key: f"{method} {number}" if len(own) > 1 else method
+        for method, own in alike.items()
+        for number, key in enumerate(own, start=1)
+    }
+    titles = []
+    for key, run in zip(keys, runs, strict=True):
+        kind = f"Evaluation ({run.settings['section']})" if run.kind == "evaluation" else run.kind.capitalize()
+        titles.append({"model": model_of[key], "run": f"{kind}: {model_of[key]}"})
+    return titles
+
+
+def describe(run: Run, titles: Mapping[str, str], *, overlays: bool, log_paths: bool) -> dict[str, Any]:
+    """What the template shows of a run."""
+    tasks = run.settings.get("tasks", [])
+    pictures = sorted((run.folder / "overlays").glob("*.png")) if overlays else []
+    cases = _scored_cases(run, {path.stem: path for path in pictures}, log_paths=log_paths)
+    failed = [line for line in run.cases if line["status"] == "failed"]
+    return {
+        **titles,
+        "kind": run.kind,
+        "folder": str(run.folder) if log_paths else None,
+        "settings": {**run.settings, "model_sha256": run.model},
+        "tasks": tasks,
+        "colours": [f"rgb{tuple(int(v) for v in COLOURS[t % len(COLOURS)])}" for t in range(len(tasks))],
+        "summary": list(_summary_lines(run, titles["model"], tasks)),
+        "supports": [case for case in cases if case["support"]],
+        "cases": [case for case in cases if not case["support"]],
+        "subjects_repeat": len({case["subject"] for case in cases}) < len(cases),
+        "predicted": _predicted_cases(run, pictures, log_paths=log_paths) if run.kind == "prediction" else [],
+        "failed": [_failure(line, log_paths=log_paths) for line in failed],
+        "n_failed": run.settings.get("failed_cases", len(failed)),
+        "has_pictures": bool(pictures),
+        "overlays": overlays,
+        "figures": draw_curves(run.curves, tasks, name=titles["model"]),
+        "held_out": any(name.startswith("validation_") for row in run.curves for name in row),
+    }
+
+
+def _summary_lines(run: Run, model: str, tasks: Sequence[str]) -> Iterator[dict[str, Any]]:
+    units = sorted({_UNITS.get(row["unit"], row["unit"]) for row in run.rows})
+    for section in run.scores:
+        for task in tasks if len(tasks) == 1 else [*tasks, "all"]:
+            numbers = run.scores[section][task]
+            line = {"section": section, "task": task, "overall": task == "all" or len(tasks) == 1, "model": model}
+            yield line | {"unit": " and ".join(units)} | numbers
+
+
+def _scored_cases(run: Run, pictures: Mapping[str, Path], *, log_paths: bool) -> list[dict[str, Any]]:
+    """The cases of all sections, worst mean Dice first; pictures of the worst ones and of all supports."""
+    subjects = {name: f"subject {n}" for n, name in enumerate(dict.fromkeys(row["subject"] for row in run.rows), 1)}
+    cases = []
+    for name, group in groupby(run.rows, key=lambda row: row["case"]):
+        rows = list(group)
+        first = rows[0]
+        cases.append(
+            {
+                "name": name if log_paths else first["case_id"],
+                "subject": first["subject"] if log_paths else subjects[first["subject"]],
+                "section": first["section"],
+                "support": run.kind == "training" and first["section"] in TRAINED_ON,
+                "unit": _UNITS.get(first["unit"], first["unit"]),
+                **{score: _mean(row[score] for row in rows) for score in ("dice", "hd95", "nsd")},
+                "by_task": {row["task"]: row["dice"] for row in rows},
+                "flags": [
+                    f"{row['task']}: {what} empty"
+                    for row in rows
+                    for key, what in (("label_empty", "label"), ("pred_empty", "prediction"))
+                    if row[key]
+                ],
+                "path": pictures.get(name),
+            }
+        )
+    cases.sort(key=lambda case: (case["dice"] is not None, case["dice"]))
+    shown = 0
+    for case in cases:
+        shown += not case["support"]
+        path = case.pop("path")
+        case["picture"] = _picture(path) if path and shown <= MAX_PICTURES else None
+    return cases
+
+
+def _mean(values: Iterator[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def _predicted_cases(run: Run, pictures: Sequence[Path], *, log_paths: bool) -> list[dict[str, Any]]:
+    """The cases of a prediction, those that failed first; their pictures are found by the hash of their name."""
+    by_name_id = {hashlib.sha256(path.name.encode()).hexdigest()[:12]: path for path in pictures}
+    cases: list[dict[str, Any]] = []
+    for line in sorted(run.cases, key=lambda line: line["status"] != "failed"):
+        own = sorted(run.outputs[line["case_id"]] & by_name_id.keys())
+        cases.append(
+            {
+                "name": Path(line["image"]).name if log_paths and "image" in line else line["case_id"] or "unreadable",
+                "status": line["status"],
+                "seconds": line["seconds"],
+                "notes": line["notes"],
+                "picture": _picture(by_name_id[own[0]]) if own and len(cases) < MAX_PICTURES else None,
+            }
+        )
+    return cases
+
+
+def _failure(line: Mapping[str, Any], *, log_paths: bool) -> str:
+    """Why a case failed. A manifest written with ``log_paths`` says it with names."""
+    said = line["error"] if log_paths or "image" not in line else "see manifest.jsonl"
+    return f"case {line['number']} ({line['case_id'] or 'unreadable'}): {said}"
+
+
+def _picture(path: Path) -> dict[str, Any]:
+    """A picture made small, as a data URI."""
+    with Image.open(path) as image:
+        small = image.convert("RGB")
+    small.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    file = io.BytesIO()
+    small.save(file, format="JPEG", quality=85, subsampling=0)  # coloured lines stay sharp
+    data = base64.b64encode(file.getvalue()).decode("ascii")
+    return {"uri": f"data:image/jpeg;base64,{data}", "width": small.width, "height": small.height}
+
+
+def render(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The page. Every text is escaped."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": _number, "shown": _shown}
+    lines = [line for run in runs for line in run["summary"]]
+    held_out, trained_on = (_by_section(lines, sections) for sections in (HELD_OUT, TRAINED_ON))
+    return environment.get_template("report.html.j2").render(
+        runs=runs,
+        title=runs[0]["settings"].get("data_list_name") or ", ".join(runs[0]["tasks"]),
+        headline=[line for line in next(iter(held_out.values()), []) if line["overall"]],
+        held_out=held_out,
+        trained_on=trained_on,
+        section_texts=HELD_OUT | TRAINED_ON,
+        weights={(run["settings"].get("sam_model"), run["settings"].get("sam_weights")): None for run in runs},
+        settings=_side_by_side([run["settings"] for run in runs]),
+        max_pictures=MAX_PICTURES,
+        max_curves=MAX_CURVES,
+        version=__version__,
+        time=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+
+
+def _by_section(lines: Sequence[dict[str, Any]], sections: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
+    """Section -> its lines, by task, so that models stand side by side."""
+    tasks = list(dict.fromkeys(line["task"] for line in lines))
+    ordered = sorted(lines, key=lambda line: tasks.index(line["task"]))
+    found = {section: [line for line in ordered if line["section"] == section] for section in sections}
+    return {section: own for section, own in found.items() if own}
+
+
+def _side_by_side(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[str, list[str | None], bool]]]:
+    """Group -> setting, its value in each run, and whether they differ."""
+    groups: dict[str, list[tuple[str, list[str | None], bool]]] = {
+        "Settings": [],
+        "Hashes": [],
+        "Versions, machine": [],
+    }
+    for name in dict.fromkeys(name for of_run in settings for name in of_run):
+        values = [_shown(of_run[name]) if name in of_run else None for of_run in settings]
+        group = "Settings"
+        if "sha256" in name or name in ("sam_weights", "supports"):
+            group = "Hashes"
+        elif name.endswith("_version") or name in ("device", "cpu_count"):
+            group = "Versions, machine"
+        groups[group].append((name, values, len({value for value in values if value is not None}) > 1))
+    return groups
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"  # noqa: RUF001 (a dash for what is not a number)
