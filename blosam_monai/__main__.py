@@ -32,7 +32,8 @@ KEYS = {
     "seed": "seed of weights, order of images and views",
     "tasks": "JSON list of labels to train, each a task of its own (default: all)",
     "sam_model": "tiny, vit_b, vit_l or vit_h",
-    "sam_checkpoint": "SAM checkpoint file, `download` or `random` (default: Meta's file in the cache)",
+    "sam_checkpoint": "SAM checkpoint file, `download` or `random` (default: the file in this package for tiny, "
+    "else Meta's file in the cache)",
     "image_size": "side of the network input in pixels, a multiple of 16",
     "preprocess": "sam (longer side, padding, SAM's normalisation) or paper (squashed, [0, 1])",
     "head": "sam (SAM's own mask token) or two_token (as published)",
@@ -74,12 +75,36 @@ KEYS = {
     "slice_axis": "axial, coronal or sagittal (default: that of the data list, then of the training)",
     "series": "SeriesInstanceUID, where a folder holds several series",
     "allow": "JSON list of flaws of a DICOM series to accept",
+    "steps": "steps of the encoder, a multiple of 50",
+    "decoder_steps": "steps of the decoder after these, a multiple of 50",
+    "ensembles": "drawn anatomies in a step",
+    "subjects": "images of each anatomy in a step",
+    "masks": "masks drawn in a step of the decoder, from points, boxes and exemplars",
+    "few_shot": "weight of segmenting other subjects from a few",
+    "contrast": "weight of the contrast between structures",
+    "ridge": "penalty of the classifier that is fitted to the few subjects",
+    "temperature": "of the contrast",
+    "lr": "highest learning rate of the encoder",
+    "decoder_lr": "highest learning rate of the decoder",
+    "warmup": "steps until then",
+    "max_norm": "largest norm of a gradient",
     "overlays": "also write the images with masks tinted",
 }
-POSITIVE_KEYS = ("max_epochs", "batch_size", "val_interval")
+POSITIVE_KEYS = (
+    *("max_epochs", "batch_size", "val_interval"),
+    *("ensembles", "subjects", "masks", "warmup"),
+)
 _CASE_KEYS = ("largest_component", "fill_holes", "average_axes", "slice_axis")
 _PREDICT_ONLY = ("merge", "probabilities", "dicom_output", *_CASE_KEYS, "series", "allow")
-TRAIN_KEYS = [k for k in KEYS if k not in ("section", "threshold", *_PREDICT_ONLY)]
+_RECIPE = (
+    *("steps", "decoder_steps", "ensembles", "subjects", "masks", "few_shot", "contrast", "ridge", "temperature"),
+    *("lr", "decoder_lr", "warmup", "max_norm"),
+)
+TRAIN_KEYS = [k for k in KEYS if k not in ("section", "threshold", *_PREDICT_ONLY, *_RECIPE)]
+PRETRAIN_KEYS = [
+    *("output_dir", "device", "resume", "overwrite", "tracking_uri"),
+    *("sam_model", "image_size", "seed", "weight_decay", *_RECIPE),
+]
 EVALUATE_KEYS = [
     *("data_list", "dataset_dir", "output_dir", "device", "sam_checkpoint", "section", "threshold", *_CASE_KEYS),
     *("overlays", "nsd_tolerance", "use_mlflow", "log_paths", "tracking_uri", "experiment_name", "run_name"),
@@ -115,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except KeyboardInterrupt:
-        hint = "; --resume true goes on from the last saved epoch." if options.verb == "train" else "."
+        hint = "; --resume true goes on from the last saved epoch." if options.verb in ("train", "pretrain") else "."
         print(f"blosam: interrupted{hint}", file=sys.stderr)
         return 130
     except Exception as error:
@@ -204,6 +229,8 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     report.add_argument("--overlays", type=_boolean, default=True, help="with pictures of the cases (default: true)")
     report.add_argument("--log_paths", type=_boolean, default=False, help="name cases and folders (default: false)")
     report.add_argument("--overwrite", type=_boolean, default=False, help="replace that file (default: false)")
+    pretrain = verb("pretrain", _pretrain, "Train the weights of the tiny SAM anew, on drawn images.")
+    _add_keys(pretrain, PRETRAIN_KEYS, ("pretrain.json",), required=("output_dir",))
     demo = verb("demo", _demo, "Every verb once, on generated CT of the abdomen: at most a minute.")
     demo.add_argument("--output_dir", default="demo", help="folder for everything (default: demo)")
     demo.add_argument("--overwrite", type=_boolean, default=False, help="replace an earlier demo (default: false)")
@@ -381,6 +408,12 @@ def _report(options: argparse.Namespace) -> None:
     print(f"report: {write_report(options.folders, options.output, **given)}")
 
 
+def _pretrain(options: argparse.Namespace) -> None:
+    _run_bundle(["pretrain.json"], "train", _overrides(options, PRETRAIN_KEYS))
+    model = getattr(options, "sam_model", "tiny")
+    print(f"weights: {Path(options.output_dir, model + '.safetensors')}, a file for --sam_checkpoint")
+
+
 def _demo(options: argparse.Namespace) -> None:
     from blosam_monai.demo import run_demo
 
@@ -389,6 +422,19 @@ def _demo(options: argparse.Namespace) -> None:
         return main(arguments)
 
     print(run_demo(options.output_dir, overwrite=options.overwrite, run=run))
+
+
+def _state_of_tiny() -> str:
+    """The checkpoint in this package: whether it is there, and is the published one."""
+    from blosam_monai.files import file_sha256
+    from blosam_monai.networks.sam import TINY_FILE, TINY_SHA256
+
+    if not TINY_FILE.is_file():
+        return f"{TINY_FILE.name}: missing from the package; reinstall blosam_monai"
+    found = file_sha256(TINY_FILE)
+    if found != TINY_SHA256:
+        return f"{TINY_FILE.name}: altered, SHA-256 {found}, published {TINY_SHA256}; reinstall blosam_monai"
+    return f"{TINY_FILE.name}: in the package, SHA-256 {found}, as published"
 
 
 def _doctor(options: argparse.Namespace) -> None:
@@ -416,7 +462,7 @@ def _doctor(options: argparse.Namespace) -> None:
         path = cache_dir() / Path(file.url).name
         state = "here" if path.is_file() else f"missing; {file.url} ({file.size / 1e6:.0f} MB, SHA-256 {file.sha256})"
         print(f"  {model:<6} {path.name}: {state}")
-    print("  tiny   random weights, nothing to fetch")
+    print(f"  tiny   {_state_of_tiny()}")
     cache = open_cache(options.cache_dir)
     if cache is None:
         print("encoded images: no cache")

@@ -19,7 +19,7 @@ from blosam_monai.data.phantoms import (
 from blosam_monai.files import PathLike, check_output_dir
 
 SLICES = 16  # one of each patient: 4 to train on, 2 to validate, 10 to test
-SLICE, VOLUME, SERIES = 101, 102, 103  # seeds of three patients more
+SLICE, VOLUME, SERIES = 104, 102, 103  # seeds of three patients more
 SLAB = {"shape": (24, 96, 136), "spacing": (2.5, 2.6, 2.6), "level": 6.0}  # mm, the heights of the pictures
 METHODS = {"blosam": "BLO-SAM", "joint": "joint fine-tuning"}
 MAX_EPOCHS = 40

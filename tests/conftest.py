@@ -19,10 +19,32 @@ REAL_DATA = Path(os.environ.get("BLOSAM_TEST_DATA", Path(__file__).resolve().par
 
 @pytest.fixture(scope="session")
 def tiny_sam():
-    """The tiny SAM at 64 pixels, random weights: 4 x 4 tokens. Shared: tests must not change it."""
+    """The tiny SAM at 64 pixels, random weights: an embedding (128, 8, 8). Shared: tests must not change it."""
     from blosam_monai.networks.sam import build_sam
 
     return build_sam("tiny", 64, "random")
+
+
+@pytest.fixture
+def small_vit(monkeypatch) -> str:
+    """Name of a ``sam_model`` built as Meta's are: 256 channels, of two blocks one with windows and one global."""
+    return _offer_small_vit(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def small_sam():
+    """``small_vit`` at 64 pixels, random weights: an embedding (256, 4, 4). Shared: tests must not change it."""
+    from blosam_monai.networks.sam import build_sam
+
+    with pytest.MonkeyPatch.context() as patch:
+        return build_sam(_offer_small_vit(patch), 64, "random")
+
+
+def _offer_small_vit(patch: pytest.MonkeyPatch) -> str:
+    from blosam_monai.networks.sam import SAM_SIZES, SamSize
+
+    patch.setitem(SAM_SIZES, "small_vit", SamSize(128, 2, 4, global_blocks=(1,)))
+    return "small_vit"
 
 
 @pytest.fixture(scope="session")

@@ -229,7 +229,7 @@ def test_bad_data_stop_a_training_before_it_writes(data, tmp_path, refused, spoi
         (["--lower_lr", "nan"], "--lower_lr: expected 0 or more, found 'nan'"),
         (["--nsd_tolerance=-1"], "--nsd_tolerance: expected 0 or more, found '-1'"),
         (["--sam_model", "vit_x"], "sam_model: 'vit_x' is not one of vit_b, vit_l, vit_h, tiny"),
-        (["--image_size", "65"], "image_size: 65 is not a positive multiple of the patch, 16 pixels"),
+        (["--image_size", "65"], "image_size: 65 is not a positive multiple of 16 pixels"),
         (["--method", "bilevel"], "method: 'bilevel' is not one of blosam, joint, swap"),
         (["--hypergradient", "second"], "hypergradient: 'second' is not one of first_order"),
         (["--selection", "best"], "selection: 'best' is not one of last, upper, validation"),

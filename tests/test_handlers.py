@@ -9,8 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from monai.engines import SupervisedEvaluator
+from monai.handlers import MeanDice, ValidationHandler, from_engine
+from torch.utils.data import DataLoader
 
 from blosam_monai.__main__ import main
+from blosam_monai.engines.bilevel_trainer import prepare_embedding_batch
 from blosam_monai.handlers import BestAdapters, CurvesHandler, TrainingState
 from blosam_monai.networks.adapters import read_adapters
 from blosam_monai.networks.prompt_sam import PromptSam
@@ -102,6 +106,31 @@ def test_selection_last_takes_the_last_epoch_whatever_the_scores(network, tmp_pa
     assert run.written() == {"lung": {2.0}, "heart": {2.0}}
 
 
+@pytest.mark.parametrize("cases", [1, 3])
+def test_the_untrained_network_and_the_last_epoch_are_judged_once_each_under_their_own_numbers(
+    network, tmp_path, cases
+):
+    """With the evaluator of MONAI, which makes its own count of epochs from the number it is run at."""
+    items = [{"embedding": torch.zeros(128, 8, 8), "label": torch.ones(2, 32, 32)}] * cases
+    evaluator = SupervisedEvaluator(
+        device="cpu",
+        val_data_loader=DataLoader(items),
+        network=network.decoder,
+        prepare_batch=prepare_embedding_batch,
+        key_val_metric={"val_mean_dice": MeanDice(output_transform=from_engine(["pred", "label"]))},
+    )
+    trainer, judged = Engine(lambda engine, batch: None), []
+    ValidationHandler(interval=5, validator=evaluator, exec_at_start=True).attach(trainer)
+    best = BestAdapters(network, tmp_path / "model.safetensors", {}, selection="validation", evaluator=evaluator)
+    best.attach(trainer)
+    evaluator.add_event_handler(
+        Events.EPOCH_COMPLETED, lambda: judged.append((evaluator.state.epoch, trainer.state.epoch))
+    )
+    trainer.run([0, 0], max_epochs=1)
+    assert judged == [(0, 0), (1, 1)]
+    assert best.epoch.tolist() == [0, 0]  # it did not change, and the earlier of equals is kept
+
+
 @pytest.mark.parametrize(
     ("selection", "message"),
     [
@@ -145,14 +174,14 @@ def test_the_state_is_saved_at_its_interval_and_after_the_last_epoch(tmp_path):
 
 
 class ScriptedEvaluator(Engine):
-    """Its Dice of the two tasks is a tenth and a hundredth of the epoch it is run at."""
+    """Its Dice of the two tasks is a tenth and a hundredth of the epoch it is run at; its own count is always 1."""
 
     def __init__(self) -> None:
         super().__init__(lambda engine, batch: None)
 
     def run(self, epoch: int) -> None:
         self.state.metric_details = {"lower_mean_dice": torch.tensor([[epoch / 10, epoch / 100]])}
-        super().run([0], max_epochs=2)  # MONAI's evaluator too runs twice at epoch 0
+        super().run([0], max_epochs=1)
 
 
 def train_with_curves(folder: Path, *, stop: int | None = None, resume: bool = False) -> list[dict[str, str]]:

@@ -1,6 +1,6 @@
 """From a hospital's files to its files: real volumes and series through the command line, looked at by other libraries.
 
-Weights are random: no accuracy is claimed, and none matters for where a voxel lies.
+No accuracy is claimed, and none matters for where a voxel lies.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -17,7 +18,8 @@ from PIL import Image
 from blosam_monai.__main__ import BUNDLE, EVALUATE_KEYS, KEYS, LABEL_CODINGS, PREDICT_KEYS, TRAIN_KEYS, main
 from blosam_monai.data import readers
 from blosam_monai.data.embedding_cache import EmbeddingCache
-from blosam_monai.networks.sam import embeddings_dir
+from blosam_monai.networks import sam
+from blosam_monai.networks.sam import TINY_FILE, TINY_SHA256, embeddings_dir
 
 
 def test_help_answers_in_under_a_second():
@@ -100,6 +102,27 @@ def test_doctor_says_where_everything_is_and_what_is_missing(capsys, monkeypatch
     assert "sam_vit_l_0b3195.pth: here" in out
 
 
+def test_doctor_says_that_tiny_is_in_the_package_and_is_the_published_one(capsys):
+    assert main(["doctor"]) == 0
+    digest = hashlib.sha256(TINY_FILE.read_bytes()).hexdigest()
+    assert f"tiny.safetensors: in the package, SHA-256 {digest}, as published\n" in capsys.readouterr().out
+
+
+def test_doctor_says_that_tiny_was_altered(capsys, monkeypatch, tmp_path):
+    (tmp_path / "tiny.safetensors").write_bytes(b"altered")
+    monkeypatch.setattr(sam, "TINY_FILE", tmp_path / "tiny.safetensors")
+    assert main(["doctor"]) == 0
+    found = hashlib.sha256(b"altered").hexdigest()
+    message = f"tiny.safetensors: altered, SHA-256 {found}, published {TINY_SHA256}; reinstall blosam_monai\n"
+    assert message in capsys.readouterr().out
+
+
+def test_doctor_says_that_tiny_is_missing(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(sam, "TINY_FILE", tmp_path / "tiny.safetensors")
+    assert main(["doctor"]) == 0
+    assert "tiny.safetensors: missing from the package; reinstall blosam_monai\n" in capsys.readouterr().out
+
+
 def test_the_codings_offered_are_those_that_are_read():
     assert LABEL_CODINGS == readers.LABEL_CODINGS
 
@@ -152,7 +175,7 @@ def test_from_two_folders_to_masks(phantoms, tmp_path, capsys, monkeypatch):
     assert main(["predict", "--model", "run", "--input", images, "--output_dir", "masks"]) == 0
     scores = json.loads(Path("scores/summary.json").read_text())
     assert scores["scores"]["testing"]["heart"]["cases"] == 6
-    assert scores["settings"]["sam_weights"] == "random"
+    assert scores["settings"]["sam_weights"] == TINY_SHA256
     masks = [np.asarray(Image.open(p)) for p in sorted(Path("masks").glob("*.png"))]
     assert len(masks) == 10
     assert {m.shape for m in masks} == {(224, 288)}

@@ -1,4 +1,4 @@
-"""The command line on real pictures: lists, training, scores and masks. Weights are random: no accuracy is claimed."""
+"""The command line on real pictures: lists, training, scores and masks. No accuracy is claimed."""
 
 from __future__ import annotations
 

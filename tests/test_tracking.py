@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 from monai.bundle import ConfigWorkflow
 
 from blosam_monai.__main__ import BUNDLE
+from blosam_monai.networks.sam import TINY_SHA256
 
 
 def train(phantoms: Path, output_dir: Path, store: Path, crash_at: int | None = None, **overrides) -> None:
@@ -63,8 +64,8 @@ def test_a_name_that_is_taken_gets_a_number_and_both_runs_finish(tracked):
 def test_two_runs_compare_by_method_shots_seed_and_draw(tracked):
     found = runs(tracked[1])
     keys = ("method", "n_shot", "seed", "draw", "sam_weights", "max_epochs")
-    assert [found["first"].data.params[k] for k in keys] == ["blosam", "4", "0", "0", "random", "2"]
-    assert [found["first-2"].data.params[k] for k in keys] == ["joint", "4", "1", "0", "random", "2"]
+    assert [found["first"].data.params[k] for k in keys] == ["blosam", "4", "0", "0", TINY_SHA256, "2"]
+    assert [found["first-2"].data.params[k] for k in keys] == ["joint", "4", "1", "0", TINY_SHA256, "2"]
 
 
 def test_both_levels_and_every_task_have_their_curves(tracked):

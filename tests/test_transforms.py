@@ -148,7 +148,7 @@ def test_the_size_at_the_input_is_sams_own():
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 100), (100, 40), (30, 20), (64, 64), (63, 17)])
-def test_preprocessing_is_that_of_segment_anything(tiny_sam, height, width):
+def test_preprocessing_is_that_of_segment_anything(small_sam, height, width):
     image = torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(0)).float()
     resize = import_segment_anything().utils.transforms.ResizeLongestSide(64)
     size = resize.get_preprocess_shape(height, width, 64)
@@ -157,11 +157,11 @@ def test_preprocessing_is_that_of_segment_anything(tiny_sam, height, width):
     assert tuple(item["input_size"].tolist()) == size
     # As its apply_image_torch says, which itself takes batch and channels for height and width.
     resized = F.interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=True)
-    assert (item["image"] - tiny_sam.preprocess(resized)[0]).abs().max() < 1e-4
+    assert (item["image"] - small_sam.preprocess(resized)[0]).abs().max() < 1e-4
     # As SamPredictor does, through a PIL picture of whole numbers: up to one of 255 levels apart.
     picture = torch.from_numpy(resize.apply_image(image.permute(1, 2, 0).byte().numpy())).permute(2, 0, 1).float()
     one_level = 1 / min(PIXEL_STD)
-    assert (item["image"] - tiny_sam.preprocess(picture)).abs().max() < 1.01 * one_level
+    assert (item["image"] - small_sam.preprocess(picture)).abs().max() < 1.01 * one_level
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 100), (100, 40), (30, 20)])
@@ -216,10 +216,10 @@ def test_a_label_is_taken_at_the_middle_of_each_cell_of_the_grid():
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 100), (100, 40), (64, 64), (31, 17)])
-def test_logits_come_back_as_sam_itself_brings_them(tiny_sam, height, width):
+def test_logits_come_back_as_sam_itself_brings_them(small_sam, height, width):
     low = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     size = input_size(height, width, 64)
-    expected = tiny_sam.postprocess_masks(low, size, (height, width))[0]
+    expected = small_sam.postprocess_masks(low, size, (height, width))[0]
     logits = F.interpolate(low, (64, 64), mode="bilinear", align_corners=False)[0]
     item = RestoreSized()(
         {"pred": logits, "input_size": torch.tensor(size), "native_size": torch.tensor((height, width))}

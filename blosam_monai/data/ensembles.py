@@ -38,9 +38,14 @@ def draw_ensemble(seed: int | tuple[int, ...], *, subjects: int, size: int = 256
     Args:
         seed: any number, or several (of a stream and the place in it).
         subjects: images to draw, S.
-        size: side in pixels, a multiple of 8.
+        size: side in pixels, a multiple of 8, at least 32.
         device: where the pixels are computed.
+
+    Raises:
+        ValueError: another size.
     """
+    if size < 32 or size % 8:
+        raise ValueError(f"size: {size} is not a multiple of 8 of at least 32 pixels.")
     rng = np.random.default_rng(seed)
     generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
     anatomy = _draw_anatomy(rng, generator, size)

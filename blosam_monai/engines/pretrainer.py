@@ -1,14 +1,15 @@
 """Pretraining of the tiny SAM on drawn images alone: what made the weights in this package, and makes them again.
 
-Three objectives on subject ensembles (``data.ensembles``), where the same structure is seen in several subjects:
+First the encoder learns from subject ensembles (``data.ensembles``), where the same structure is seen in several
+subjects, by two objectives:
 
 - *few-shot segmentation*: from the embeddings of some subjects a linear classifier of the ensemble's structures is
-  fitted in closed form (ridge regression), and must segment the other subjects. The encoder learns what a few labelled
-  images need.
+  fitted in closed form (ridge regression), and must segment the other subjects: what a few labelled images ask for.
 - *contrast*: places of the same structure in different subjects are nearer to each other than to other structures.
-- *prompts*: SAM's decoder draws the mask of a structure from a point, from a box, or from an exemplar: the mean
-  embedding of that structure in another subject, added to the mask token. The last is what fine-tuning without prompts
-  asks of the mask token.
+
+Then, the encoder frozen, the decoder learns to draw the mask of a structure from a *prompt*: a point, a box, or an
+exemplar, the mean embedding of that structure in another subject, added to the mask token. The last is what
+fine-tuning without prompts asks of the mask token.
 
 Sources: Bertinetto et al. 2019 (R2-D2), the ridge regression; Khosla et al. 2020 (SupCon), the contrast; Kirillov et
 al. 2023 (SAM), the prompts; randomised synthesis: see ``data.ensembles``.
@@ -21,6 +22,8 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +34,7 @@ from monai.utils.enums import CommonKeys
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
 
 from blosam_monai.data.ensembles import OUTSIDE, Ensemble, draw_ensemble
 from blosam_monai.files import PathLike, atomic, check_output_dir
@@ -42,43 +46,48 @@ from blosam_monai.tracking import RunHandler
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
 
-OBJECTIVES = ("few_shot", "contrast", "prompts")
 CELLS = 2  # a place of the embedding is labelled in 2 x 2 cells, so that it must know where in it a border runs
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What decides the weights. The defaults made those in the package.
+    """What decides the weights; those in the package were made with the values in ``configs/pretrain.json``.
 
-    ``steps`` of ``ensembles`` times ``subjects`` images of ``image_size`` pixels; ``lr`` rises over ``warmup`` steps
-    and falls by a cosine; ``few_shot``, ``contrast`` and ``prompts`` weigh the objectives; ``masks`` are drawn from
-    prompts in a step.
+    Args:
+        sam_model, image_size: see ``build_sam``.
+        steps: of the encoder, each on ``ensembles`` times ``subjects`` images.
+        decoder_steps: of the decoder, after these, on as many images.
+        masks: drawn in a step of the decoder.
+        few_shot, contrast: weights of the encoder's objectives.
+        ridge: see ``few_shot_loss``.
+        temperature: see ``contrast_loss``.
+        lr, decoder_lr: highest learning rates of AdamW, reached after ``warmup`` steps.
+        weight_decay: of AdamW.
+        max_norm: of the gradient.
+        seed: of the images, and of the small maps that only pretraining needs; SAM starts as ``random`` does.
     """
 
-    sam_model: str = "tiny"
-    image_size: int = 256
-    steps: int = 3200
-    ensembles: int = 4
-    subjects: int = 4
-    masks: int = 8
-    few_shot: float = 1.0
-    contrast: float = 0.1
-    prompts: float = 0.5
-    ridge: float = 0.01
-    temperature: float = 0.1
-    lr: float = 1.5e-3
-    warmup: int = 50
-    weight_decay: float = 0.05
-    max_norm: float = 1.0
-    seed: int = 1
-
-    def rate(self, step: int) -> float:
-        """Share of ``lr`` at a step: linear rise, then half a cosine to zero."""
-        return min(1.0, (step + 1) / self.warmup) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+    sam_model: str
+    image_size: int
+    steps: int
+    decoder_steps: int
+    ensembles: int
+    subjects: int
+    masks: int
+    few_shot: float
+    contrast: float
+    ridge: float
+    temperature: float
+    lr: float
+    decoder_lr: float
+    warmup: int
+    weight_decay: float
+    max_norm: float
+    seed: int
 
 
 class Objectives(nn.Module):
-    """The three objectives around a SAM, with the small maps that only pretraining needs.
+    """The objectives around a SAM, with the small maps that only pretraining needs.
 
     Args:
         sam: the network to train.
@@ -93,28 +102,43 @@ class Objectives(nn.Module):
         self.exemplar = nn.Linear(channels, channels)  # from the mean embedding of a structure to a mask token
         self.log_scale = nn.Parameter(torch.tensor(8.0).log())  # of the classifier's answers, before the softmax
 
-    def forward(self, ensembles: Sequence[Ensemble], rng: np.random.Generator) -> dict[str, Tensor]:
-        """Ensembles -> ``loss``, a scalar, and the parts that it weighs."""
-        sam, recipe = self.sam, self.recipe
+    def encoder_parameters(self) -> list[nn.Parameter]:
+        """What the encoder's objectives train."""
+        return [*self.sam.image_encoder.parameters(), *self.projection.parameters(), self.log_scale]
+
+    def decoder_parameters(self) -> list[nn.Parameter]:
+        """What the decoder's objective trains."""
+        parts = (self.sam.prompt_encoder, self.sam.mask_decoder, self.exemplar)
+        return [parameter for part in parts for parameter in part.parameters()]
+
+    def encoder_losses(self, ensembles: Sequence[Ensemble], rng: np.random.Generator) -> dict[str, Tensor]:
+        """Ensembles -> ``loss``, a scalar, and the two that it weighs."""
+        recipe = self.recipe
+        pairs = list(zip(*self._encode(ensembles), strict=True))
+        few_shot = [few_shot_loss(f, c, rng, self.log_scale.exp(), recipe.ridge) for f, c in pairs]
+        contrast = [contrast_loss(self.projection(f), c, rng, recipe.temperature) for f, c in pairs]
+        losses = {"few_shot": torch.stack(few_shot).mean(), "contrast": torch.stack(contrast).mean()}
+        return {
+            CommonKeys.LOSS: recipe.few_shot * losses["few_shot"] + recipe.contrast * losses["contrast"],
+            **losses,
+        }
+
+    def decoder_losses(self, ensembles: Sequence[Ensemble], rng: np.random.Generator) -> dict[str, Tensor]:
+        """Ensembles -> ``loss`` of the masks drawn, a scalar; the encoder gets no gradient."""
+        with torch.no_grad():
+            features, cells = self._encode(ensembles)
+        with torch.autocast(features[0].device.type, torch.bfloat16):
+            logits, mask = self._draw_masks(features, ensembles, cells, rng)
+        return {CommonKeys.LOSS: mask_loss(logits.float(), mask)}
+
+    def _encode(self, ensembles: Sequence[Ensemble]) -> tuple[list[Tensor], list[Tensor]]:
+        """Features (S, h, w, C) and cells (S, h, w, 4) of each ensemble."""
         image = torch.cat([ensemble.image for ensemble in ensembles])
         mean, std = (torch.tensor(v, device=image.device).view(3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
         with torch.autocast(image.device.type, torch.bfloat16):
-            embedding = sam.image_encoder((image - mean) / std).float()  # (E S, C, h, w)
-        features = embedding.permute(0, 2, 3, 1).split([len(e.label) for e in ensembles])  # each (S, h, w, C)
-        cells = [to_cells(e.label, 2 * embedding.shape[-1]) for e in ensembles]  # each (S, h, w, 4)
-        pairs = list(zip(features, cells, strict=True))
-        losses = {}
-        if recipe.few_shot:
-            each = [few_shot_loss(f, c, rng, self.log_scale.exp(), recipe.ridge) for f, c in pairs]
-            losses["few_shot"] = torch.stack(each).mean()
-        if recipe.contrast:
-            each = [contrast_loss(self.projection(f), c, rng, recipe.temperature) for f, c in pairs]
-            losses["contrast"] = torch.stack(each).mean()
-        if recipe.prompts:
-            with torch.autocast(image.device.type, torch.bfloat16):
-                logits, mask = self._draw_masks(features, ensembles, cells, rng)
-            losses["prompts"] = mask_loss(logits.float(), mask)
-        return {"loss": sum(getattr(recipe, name) * value for name, value in losses.items()), **losses}
+            embedding = self.sam.image_encoder((image - mean) / std).float()  # (E S, C, h, w)
+        features = embedding.permute(0, 2, 3, 1).split([len(e.label) for e in ensembles])
+        return list(features), [to_cells(e.label, 2 * embedding.shape[-1]) for e in ensembles]
 
     def _draw_masks(
         self,
@@ -124,18 +148,16 @@ class Objectives(nn.Module):
         rng: np.random.Generator,
     ) -> tuple[Tensor, Tensor]:
         """Masks of structures drawn at random, from exemplars and from prompts: logits and mask, each (M, G, G)."""
+        choices = _common_structures(cells)
         exemplars, prompted = [], []
         for number in range(self.recipe.masks):
-            e = int(rng.integers(len(ensembles)))
-            query, shown = rng.permutation(len(cells[e]))[:2]
-            known, there = (pure(cells[e][subject]) for subject in (shown, query))
-            common = np.intersect1d(known[known != OUTSIDE].cpu(), there[there != OUTSIDE].cpu())
-            if len(common) < 2:  # one structure alone asks nothing
-                continue
+            e, shown, query, common = choices[int(rng.integers(len(choices)))]
             structure = int(rng.choice(common))
-            image, mask = features[e][query].permute(2, 0, 1), ensembles[e].label[query] == structure
-            target = torch.where(ensembles[e].label[query] == OUTSIDE, OUTSIDE, mask.float())
+            image, label = features[e][query].permute(2, 0, 1), ensembles[e].label[query]
+            mask = label == structure
+            target = torch.where(label == OUTSIDE, float(OUTSIDE), mask.float())
             if number % 2:
+                known = pure(cells[e][shown])
                 places = features[e][shown]
                 mean = places[known == structure].mean(0) - places[known != OUTSIDE].mean(0)
                 exemplars.append((image, self.exemplar(mean), None, target))
@@ -189,6 +211,19 @@ def to_cells(label: Tensor, side: int) -> Tensor:
 def pure(cells: Tensor) -> Tensor:
     """Label of a place (...) whose cells (..., 4) agree, ``OUTSIDE`` where they do not."""
     return torch.where((cells == cells[..., :1]).all(-1), cells[..., 0], OUTSIDE)
+
+
+def _common_structures(cells: Sequence[Tensor]) -> list[tuple[int, int, int, list[int]]]:
+    """Ensemble, one subject, another, and the structures that fill some place of both; those of two or more first.
+
+    A single structure asks nothing, so pairs with only one are for want of others.
+    """
+    pairs = []
+    for e, of_subjects in enumerate(cells):
+        known = [set(pure(subject).unique().tolist()) - {OUTSIDE} for subject in of_subjects]
+        for shown, query in permutations(range(len(known)), 2):
+            pairs.append((e, shown, query, sorted(known[shown] & known[query])))
+    return [pair for pair in pairs if len(pair[3]) > 1] or [pair for pair in pairs if pair[3]]
 
 
 def few_shot_loss(
@@ -286,34 +321,64 @@ class Pretrainer(Engine):
 
     def __init__(self, recipe: Recipe, device: str | torch.device = "cpu") -> None:
         super().__init__(lambda engine, _: [engine.take_step()])
-        if recipe.steps < 1 or recipe.steps % self.EPOCH:
-            raise ValueError(f"steps: {recipe.steps} is not a positive multiple of {self.EPOCH}.")
+        for name in ("steps", "decoder_steps"):
+            if getattr(recipe, name) % self.EPOCH:
+                raise ValueError(f"{name}: {getattr(recipe, name)} is not a multiple of {self.EPOCH}.")
+        if not recipe.steps + recipe.decoder_steps:
+            raise ValueError("steps, decoder_steps: both are 0; give one of them a multiple of 50.")
+        if recipe.subjects < 2:
+            raise ValueError(f"subjects: {recipe.subjects} has no other to learn from; give 2 or more.")
         self.recipe, self.device = recipe, torch.device(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             self.sam = build_sam(recipe.sam_model, recipe.image_size, RANDOM)
             self.objectives = Objectives(self.sam, recipe).to(self.device).train()
-        self.optimizer = torch.optim.AdamW(
-            self.objectives.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
-        )
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, recipe.rate)
-        self.state.max_epochs, self.state.epoch_length = recipe.steps // self.EPOCH, self.EPOCH
+        steps = {"encoder": recipe.steps, "decoder": recipe.decoder_steps}
+        self.optimizers = {
+            "encoder": _adamw(self.objectives.encoder_parameters(), recipe.lr, recipe),
+            "decoder": _adamw(self.objectives.decoder_parameters(), recipe.decoder_lr, recipe),
+        }
+        self.lr_schedulers = {
+            part: LambdaLR(optimizer, partial(rate, steps=steps[part], warmup=recipe.warmup))
+            for part, optimizer in self.optimizers.items()
+        }
+        self.state.max_epochs, self.state.epoch_length = sum(steps.values()) // self.EPOCH, self.EPOCH
+
+    def run(self) -> None:
+        """Train to the last step; after a state was loaded, from where it ended. What is finished stays as it is."""
+        if self.state.epoch >= self.state.max_epochs:  # ignite would start again from the first step
+            self.fire_event(Events.STARTED)
+            self.fire_event(Events.COMPLETED)
+            return
+        super().run(max_epochs=self.state.max_epochs, epoch_length=self.state.epoch_length)
 
     def take_step(self) -> dict[str, float]:
-        """One step of the optimizer; returns the losses before it."""
+        """One step of the encoder or, after its last, of the decoder; returns the losses before it."""
         recipe, step = self.recipe, self.state.iteration - 1
         device = str(self.device)
         ensembles = [
             draw_ensemble((recipe.seed, step, number), subjects=recipe.subjects, size=recipe.image_size, device=device)
             for number in range(recipe.ensembles)
         ]
-        losses = self.objectives(ensembles, np.random.default_rng((recipe.seed, step)))
-        self.optimizer.zero_grad()
-        losses["loss"].backward()
-        nn.utils.clip_grad_norm_(self.objectives.parameters(), recipe.max_norm)
-        self.optimizer.step()
-        self.lr_scheduler.step()
-        return {name: float(value.detach()) for name, value in losses.items()}
+        part = "encoder" if step < recipe.steps else "decoder"
+        objective = self.objectives.encoder_losses if part == "encoder" else self.objectives.decoder_losses
+        losses = objective(ensembles, np.random.default_rng((recipe.seed, step)))
+        optimizer = self.optimizers[part]
+        optimizer.zero_grad()
+        losses[CommonKeys.LOSS].backward()
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], recipe.max_norm)
+        optimizer.step()
+        self.lr_schedulers[part].step()
+        return {str(name): float(value.detach()) for name, value in losses.items()}  # no enum: the state keeps text
+
+
+def rate(step: int, steps: int, warmup: int) -> float:
+    """Share of the learning rate at a step: a linear rise over ``warmup`` steps, then half a cosine to zero."""
+    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / max(steps, 1)))
+
+
+def _adamw(parameters: list[nn.Parameter], lr: float, recipe: Recipe) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
 
 
 def pretrain(
@@ -352,20 +417,20 @@ def pretrain(
         tracking_uri or f"sqlite:///{(folder / 'mlruns.db').resolve()}",
         "pretraining",
         recipe.sam_model,
-        numbers=(CommonKeys.LOSS, *OBJECTIVES),
+        numbers=(CommonKeys.LOSS, "few_shot", "contrast"),
         experiment_param={**settings, "device": device},
     )
     saved = {
         "objectives": trainer.objectives,
-        "optimizer": trainer.optimizer,
-        "lr_scheduler": trainer.lr_scheduler,
+        **{f"{part}_optimizer": optimizer for part, optimizer in trainer.optimizers.items()},
+        **{f"{part}_lr_scheduler": schedule for part, schedule in trainer.lr_schedulers.items()},
         "losses": losses,
         "tracker": tracker,
     }
     for handler in (ProgressHandler("pretraining"), losses, tracker):
         handler.attach(trainer)
     TrainingState(state, saved, settings).attach(trainer, resume=resume)
-    trainer.run(max_epochs=trainer.state.max_epochs, epoch_length=trainer.state.epoch_length)
+    trainer.run()
     path = save_sam(folder / f"{recipe.sam_model}.safetensors", trainer.sam, settings)
     tracker.close(path, losses.path)
     return path

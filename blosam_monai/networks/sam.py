@@ -87,7 +87,6 @@ SAM_FILES = {
 }
 TINY_FILE = Path(__file__).parent / "weights" / "tiny.safetensors"  # ours; its model card lies beside it
 TINY_SHA256 = "88a63f570d66c436201a623e1e14ed5c16875e6d24baddf5d2b69d004a739ff3"
-_SHA256 = {"tiny": TINY_SHA256, **{model: file.sha256 for model, file in SAM_FILES.items()}}
 
 
 def build_sam(model: str, image_size: int, checkpoint: PathLike | None = None) -> Sam:
@@ -95,16 +94,17 @@ def build_sam(model: str, image_size: int, checkpoint: PathLike | None = None) -
 
     Args:
         model: ``vit_b``, ``vit_l``, ``vit_h`` or ``tiny``.
-        image_size: side of the square input in pixels, a multiple of the patch (16).
-        checkpoint: a file (Meta's ``.pth`` or a ``.safetensors``); ``random`` for seeded random weights; ``download``
-            for Meta's file, fetched into the cache if it is not there; None for the file in this package (``tiny``) or
-            Meta's file in the cache, never fetched.
+        image_size: side of the square input in pixels, a multiple of 16.
+        checkpoint: a file (Meta's ``.pth`` or a ``.safetensors``); ``random`` for seeded random weights; None for the
+            published file: of ``tiny`` in this package, of the others in the cache; ``download`` likewise, fetched
+            into the cache if it is not on this machine.
 
     Returns:
         The network, with ``weights`` = ``random`` or the SHA-256 of the file it was read from.
 
     Raises:
-        ValueError: an unknown model, an image size off the patch, or a file that is not this model's checkpoint.
+        ValueError: an unknown model, an image size that 16 does not divide, a published file that was altered, or a
+            file that is not this model's checkpoint.
         FileNotFoundError: no checkpoint where one is needed.
     """
     if model not in SAM_SIZES:
@@ -114,24 +114,35 @@ def build_sam(model: str, image_size: int, checkpoint: PathLike | None = None) -
         raise ValueError(
             f"image_size: {image_size} is not a positive multiple of {TOKEN_STRIDE} pixels, a token's side."
         )
-    if checkpoint == RANDOM:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            sam = _assemble(size, image_size)
-        sam.weights = RANDOM
+    path, weights = (None, RANDOM) if checkpoint == RANDOM else _find_file(model, checkpoint)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sam = _assemble(size, image_size)
+    if path is None:
         logger.warning("SAM %s has random weights: it shows that the machine runs, not accuracy.", model)
-        return sam.eval()
-    published = checkpoint is None or checkpoint == DOWNLOAD
-    path = Path(checkpoint) if checkpoint and not published else find_checkpoint(model, fetch=checkpoint == DOWNLOAD)
-    sam = _assemble(size, image_size)
-    sam.load_state_dict(_read_state(path, sam, model))
-    sam.weights = file_sha256(path)
-    if published and sam.weights != _SHA256[model]:
-        raise ValueError(
-            f"sam_checkpoint: {path} has SHA-256 {sam.weights}, the published file {_SHA256[model]}; replace it, or "
-            "give its path as sam_checkpoint to use it as it is."
-        )
+    else:
+        sam.load_state_dict(_read_state(path, sam, model))
+    sam.weights = weights
     return sam.eval()
+
+
+def _find_file(model: str, checkpoint: PathLike | None) -> tuple[Path, str]:
+    """The checkpoint file of ``build_sam`` and its SHA-256, which of a published file must be the published one."""
+    if checkpoint and checkpoint != DOWNLOAD:
+        path = Path(checkpoint)
+        if not path.is_file():
+            raise FileNotFoundError(f"sam_checkpoint: {path} does not exist; give a SAM checkpoint file for {model}.")
+        return path, file_sha256(path)
+    path = find_checkpoint(model, fetch=checkpoint == DOWNLOAD)
+    found = file_sha256(path)
+    expected = TINY_SHA256 if model == "tiny" else SAM_FILES[model].sha256
+    if found != expected:
+        remedy = "reinstall blosam_monai" if model == "tiny" else "replace it"
+        raise ValueError(
+            f"sam_checkpoint: {path} has SHA-256 {found}, the published file {expected}; {remedy}, or give its path as "
+            "sam_checkpoint to use it as it is."
+        )
+    return path, found
 
 
 def _assemble(size: SamSize, image_size: int) -> Sam:
@@ -212,11 +223,9 @@ _SCHEMAS = torch.library.Library("torchvision", "FRAGMENT")  # lives as long as 
 
 def _read_state(path: Path, sam: Sam, model: str) -> dict[str, Tensor]:
     """Read a SAM state dict and resize its position tables to those of ``sam``; say what differs if it does not fit."""
-    if not path.is_file():
-        raise FileNotFoundError(f"sam_checkpoint: {path} does not exist; give a SAM checkpoint file for {model}.")
     try:
         if path.suffix == ".safetensors":
-            state = {name: value.float() for name, value in load_file(path).items()}
+            state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -233,7 +242,7 @@ def _read_state(path: Path, sam: Sam, model: str) -> dict[str, Tensor]:
             f"sam_checkpoint: {path} is not a {model}: {_some(missing, 'missing')}{_some(foreign, 'not known')}"
             f"choose the sam_model that it belongs to."
         )
-    state = {name: _resize_table(name, value, expected[name].shape) for name, value in state.items()}
+    state = {name: _resize_table(name, value.float(), expected[name].shape) for name, value in state.items()}
     wrong = [name for name, value in state.items() if value.shape != expected[name].shape]
     if wrong:
         name = wrong[0]
@@ -273,9 +282,13 @@ def embeddings_dir() -> Path:
 def find_checkpoint(model: str, *, fetch: bool) -> Path:
     """Path of the tiny SAM in this package, or of Meta's checkpoint in the cache.
 
-    Meta's is fetched if asked; if not, the error says how to get it.
+    Meta's is fetched if asked; if not, the error says how to get it. There is no fall-back from one to the other.
     """
     if model == "tiny":
+        if not TINY_FILE.is_file():
+            raise FileNotFoundError(
+                f"sam_checkpoint: {TINY_FILE} belongs to this package and is missing; reinstall blosam_monai."
+            )
         return TINY_FILE
     file = SAM_FILES[model]
     path = cache_dir() / Path(file.url).name

@@ -40,10 +40,11 @@ def after_the_readme(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_commands_leave_a_model_scores_and_masks(after_the_readme):
+def test_the_commands_leave_a_model_scores_masks_and_a_report(after_the_readme):
     assert (after_the_readme / "my_run" / "models" / "model.safetensors").is_file()
     assert (after_the_readme / "my_scores" / "cases.csv").is_file()
     assert len(list((after_the_readme / "my_masks").glob("*.png"))) == 16
+    assert (after_the_readme / "my_run" / "report.html").is_file()
     assert (after_the_readme / "bundle_run" / "models" / "model.safetensors").is_file()
 
 
@@ -72,7 +73,7 @@ def test_mlflow_ui_shows_the_runs_of_the_demo(after_the_readme):
     finally:
         os.killpg(server.pid, 15)
         server.wait(10)
-    assert sorted(run["info"]["run_name"].split("_")[0] for run in runs) == ["blosam", "evaluate"]
+    assert sorted(run["info"]["run_name"].split("_")[0] for run in runs) == ["blosam", "evaluate", "evaluate", "joint"]
 
 
 def test_the_python_example_runs_and_its_shapes_are_true():

@@ -90,8 +90,8 @@ def numbered(first: int, count: int) -> list[dict[str, torch.Tensor]]:
 
 
 @pytest.fixture
-def decoder(tiny_sam) -> PromptDecoder:
-    return PromptDecoder(tiny_sam)
+def decoder(small_sam) -> PromptDecoder:
+    return PromptDecoder(small_sam)
 
 
 def largest_difference(together: PromptDecoder, alone: list[PromptDecoder]) -> float:
@@ -111,26 +111,26 @@ PRECISIONS = pytest.mark.parametrize(
 
 @PRECISIONS
 @pytest.mark.parametrize("method", METHODS)
-def test_tasks_trained_together_equal_tasks_trained_apart(tiny_sam, method, dtype, eps, tolerance):
+def test_tasks_trained_together_equal_tasks_trained_apart(small_sam, method, dtype, eps, tolerance):
     lower, upper = make_items(2, tasks=2, dtype=dtype), make_items(2, tasks=2, seed=1, dtype=dtype)
-    together = PromptDecoder(tiny_sam, tasks=2, seed=[0, 1]).to(dtype)
+    together = PromptDecoder(small_sam, tasks=2, seed=[0, 1]).to(dtype)
     make_trainer(together, lower, upper, hypergradient=method, eps=eps).run()
     alone = []
     for t in range(2):
         own = [[{**item, "label": item["label"][t : t + 1]} for item in half] for half in (lower, upper)]
-        alone.append(PromptDecoder(tiny_sam, seed=t).to(dtype))
+        alone.append(PromptDecoder(small_sam, seed=t).to(dtype))
         make_trainer(alone[-1], *own, hypergradient=method, eps=eps).run()
     assert largest_difference(together, alone) <= tolerance
 
 
 @PRECISIONS
 @pytest.mark.parametrize("method", METHODS)
-def test_draws_trained_as_tasks_equal_runs_of_their_own(tiny_sam, method, dtype, eps, tolerance):
+def test_draws_trained_as_tasks_equal_runs_of_their_own(small_sam, method, dtype, eps, tolerance):
     draws = [[make_items(2, seed=10 * r + half, dtype=dtype) for half in range(2)] for r in range(2)]
-    together = PromptDecoder(tiny_sam, tasks=2).to(dtype)
+    together = PromptDecoder(small_sam, tasks=2).to(dtype)
     halves = [StackedDraws([draw[half] for draw in draws]) for half in range(2)]
     make_trainer(together, *halves, hypergradient=method, eps=eps).run()
-    alone = [PromptDecoder(tiny_sam).to(dtype) for _ in draws]
+    alone = [PromptDecoder(small_sam).to(dtype) for _ in draws]
     for one, draw in zip(alone, draws, strict=True):
         make_trainer(one, *draw, hypergradient=method, eps=eps).run()
     assert largest_difference(together, alone) <= tolerance
@@ -399,10 +399,10 @@ def test_the_encoder_sees_each_image_and_view_once_in_a_whole_training(tiny_sam,
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("method", METHODS)
-def test_a_training_on_cuda_equals_the_one_on_the_cpu(tiny_sam, method):
+def test_a_training_on_cuda_equals_the_one_on_the_cpu(small_sam, method):
     decoders = {}
     for device in ("cpu", "cuda"):
-        decoders[device] = PromptDecoder(tiny_sam, tasks=2)
+        decoders[device] = PromptDecoder(small_sam, tasks=2)
         trainer = make_trainer(
             *(decoders[device], make_items(2, tasks=2), make_items(2, tasks=2, seed=1)),
             hypergradient=method,
@@ -415,10 +415,10 @@ def test_a_training_on_cuda_equals_the_one_on_the_cpu(tiny_sam, method):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_bfloat16_on_cuda_has_the_losses_of_float32_to_two_digits(tiny_sam):
+def test_bfloat16_on_cuda_has_the_losses_of_float32_to_two_digits(small_sam):
     losses = {}
     for amp in (False, True):
-        decoder = PromptDecoder(tiny_sam, tasks=2)
+        decoder = PromptDecoder(small_sam, tasks=2)
         trainer = make_trainer(
             *(decoder, make_items(2, tasks=2), make_items(2, tasks=2, seed=1)),
             eps=1e-2,

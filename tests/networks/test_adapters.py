@@ -18,12 +18,21 @@ from blosam_monai.networks.adapters import (
     save_adapters,
 )
 from blosam_monai.networks.prompt_sam import PromptSam
-from blosam_monai.networks.sam import build_sam
+from blosam_monai.networks.sam import TINY_SHA256, build_sam
+
+# A task of tiny, 128 channels wide: low-rank factors 2 r (2 * 256 + 5 * 192) of q and v in seven attentions, upscaling
+# (two transposed convolutions of 2 x 2, a normalisation between), hyper-network, mask token; and the prompt.
+FACTORS, UPSCALING = 2 * 4 * (2 * 256 + 5 * 192), (128 * 32 * 4 + 32) + 2 * 32 + (32 * 16 * 4 + 16)
+HYPERNETWORK = 2 * (128 * 128 + 128) + (128 * 16 + 16)
+TINY_TASK = FACTORS + UPSCALING + HYPERNETWORK + 128 + 128
+PAPERS_TASK = 237_568 + 256  # of every SAM with 256 channels
 
 
-def trained(tasks: tuple[str, ...] = ("lung", "heart"), checkpoint: str | Path = "random", **options) -> PromptSam:
-    """A tiny network whose trainable tensors are noise."""
-    network = PromptSam("tiny", 64, checkpoint, tasks, **options)
+def trained(
+    tasks: tuple[str, ...] = ("lung", "heart"), checkpoint: str | Path = "random", *, model: str = "tiny", **options
+) -> PromptSam:
+    """A network whose trainable tensors are noise."""
+    network = PromptSam(model, 64, checkpoint, tasks, **options)
     generator = torch.Generator().manual_seed(0)
     for p in (*network.lower_parameters(), *network.upper_parameters()):
         p.data = 0.05 * torch.randn(p.shape, generator=generator)
@@ -56,7 +65,7 @@ def test_settings_come_back_exactly(saved):
 
 
 def test_another_reader_of_safetensors_reads_the_file(saved):
-    assert load_file(saved)["phi.dense_prompt"].shape == (2, 256)
+    assert load_file(saved)["phi.dense_prompt"].shape == (2, 128)
 
 
 def test_the_file_is_a_json_header_and_numbers(saved):
@@ -64,15 +73,20 @@ def test_the_file_is_a_json_header_and_numbers(saved):
     length = int.from_bytes(data[:8], "little")  # the safetensors format: a length, a JSON header, the tensors
     header = json.loads(data[8 : 8 + length])
     assert json.loads(header["__metadata__"]["blosam_monai"]) == settings_of(trained())
-    assert len(data) == 8 + length + 4 * 2 * (237_568 + 256)
+    assert len(data) == 8 + length + 4 * 2 * TINY_TASK
 
 
 def test_the_json_file_beside_it_is_a_copy_of_the_header(saved):
     assert json.loads(saved.with_suffix(".json").read_text(encoding="utf-8")) == read_settings(saved)
 
 
-def test_a_task_takes_about_a_megabyte(saved):
-    assert 0.9e6 < saved.stat().st_size / 2 < 1.1e6
+def test_a_task_of_a_sam_as_wide_as_metas_takes_about_a_megabyte(small_vit, tmp_path):
+    path = save(trained(model=small_vit), tmp_path / "model.safetensors")
+    assert 0.9e6 < path.stat().st_size / 2 < 1.1e6
+
+
+def test_a_task_of_tiny_takes_about_a_quarter_of_a_megabyte(saved):
+    assert 0.23e6 < saved.stat().st_size / 2 < 0.28e6
 
 
 def test_saving_leaves_nothing_but_the_two_files(saved):
@@ -160,11 +174,25 @@ def test_other_sam_weights_are_refused_with_both_hashes(tmp_path):
         load_prompt_sam(path, tmp_path / "second.pth")
 
 
-def test_random_weights_are_refused_for_adapters_of_a_file(tmp_path):
+@pytest.mark.parametrize(("checkpoint", "weights"), [("random", "random"), (None, TINY_SHA256[:12])])
+def test_random_weights_and_those_of_the_package_are_refused_for_adapters_of_a_file(tmp_path, checkpoint, weights):
     torch.save(build_sam("tiny", 64, "random").state_dict(), tmp_path / "sam.pth")
     path = save(trained(checkpoint=tmp_path / "sam.pth"), tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="these are random; give the checkpoint it was trained on"):
-        load_prompt_sam(path)
+    with pytest.raises(ValueError, match=f"these are {weights}; give the checkpoint it was trained on"):
+        load_prompt_sam(path, checkpoint)
+
+
+def test_random_weights_are_refused_for_adapters_of_the_package(tmp_path):
+    path = save(trained(checkpoint=None), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"was trained on SAM weights {TINY_SHA256[:12]}, these are random; give"):
+        load_prompt_sam(path, "random")
+
+
+@pytest.mark.parametrize("checkpoint", ["random", None])
+def test_adapters_find_the_weights_of_tiny_that_they_were_trained_on(tmp_path, checkpoint):
+    network = trained(checkpoint=checkpoint)
+    loaded = load_prompt_sam(save(network, tmp_path / "model.safetensors"))
+    assert loaded.sam_weights == network.sam_weights == (checkpoint or TINY_SHA256)
 
 
 @pytest.mark.parametrize(
@@ -185,11 +213,12 @@ def test_a_network_with_another_setting_is_refused_naming_it(saved, option, valu
 # The file for monai.bundle.load
 
 
-def test_an_exported_file_holds_plain_tensors_and_nothing_frozen(tmp_path):
-    network = trained()
+@pytest.mark.parametrize(("model", "numbers"), [("tiny", TINY_TASK), ("small_vit", PAPERS_TASK)])
+def test_an_exported_file_holds_plain_tensors_and_nothing_frozen(small_vit, tmp_path, model, numbers):
+    network = trained(model=model)
     export_model_pt(tmp_path / "model.pt", network)
     state = torch.load(tmp_path / "model.pt", weights_only=True)
-    assert sum(value.numel() for value in state.values()) == 2 * (237_568 + 256)
+    assert sum(value.numel() for value in state.values()) == 2 * numbers
 
 
 def test_monai_copies_every_tensor_of_an_exported_file(tmp_path):
@@ -208,7 +237,7 @@ def test_a_sparse_prompt_of_any_seed_comes_back_as_the_same_network(tmp_path, pr
     network = PromptSam("tiny", 64, "random", ["a"], prompt=prompt, seed=5)
     settings = {**network.settings, "sam_weights": network.sam_weights}
     save_adapters(tmp_path / "model.safetensors", network.decoder.adapter_state(), settings)
-    embedding = torch.randn(1, 256, 4, 4)
+    embedding = torch.randn(1, 128, 8, 8)
     with torch.no_grad():
         again = load_prompt_sam(tmp_path / "model.safetensors").decode(embedding)
         assert torch.equal(again, network.decode(embedding))

@@ -10,9 +10,9 @@ from blosam_monai.networks.lora import LoRALinear, add_lora, lora_parameters, me
 
 
 @pytest.fixture
-def transformer(tiny_sam):
+def transformer(small_sam):
     """A copy of SAM's two-way transformer."""
-    return copy.deepcopy(tiny_sam.mask_decoder.transformer)
+    return copy.deepcopy(small_sam.mask_decoder.transformer)
 
 
 def test_a_fresh_layer_is_the_layer_that_it_wraps_bit_for_bit():

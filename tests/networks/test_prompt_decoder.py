@@ -56,70 +56,70 @@ def sam_logits(sam, embedding: Tensor, sparse: Tensor, dense: Tensor) -> Tensor:
 # Against SAM
 
 
-def test_an_untrained_decoder_gives_sams_single_mask(tiny_sam, embedding):
-    start = tiny_sam.prompt_encoder.no_mask_embed.weight[0]
+def test_an_untrained_decoder_gives_sams_single_mask(small_sam, embedding):
+    start = small_sam.prompt_encoder.no_mask_embed.weight[0]
     with torch.no_grad():
-        expected = sam_logits(tiny_sam, embedding, torch.empty(0, 256), start)[:, 0]
-        found = PromptDecoder(tiny_sam)(embedding)[:1, 0]
+        expected = sam_logits(small_sam, embedding, torch.empty(0, 256), start)[:, 0]
+        found = PromptDecoder(small_sam)(embedding)[:1, 0]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-def test_learned_prompts_act_as_prompts_given_to_sams_decoder(tiny_sam, embedding):
-    decoder = PromptDecoder(tiny_sam, prompt="both:2")
+def test_learned_prompts_act_as_prompts_given_to_sams_decoder(small_sam, embedding):
+    decoder = PromptDecoder(small_sam, prompt="both:2")
     torch.manual_seed(0)
     for p in decoder.upper_parameters():
         nn.init.normal_(p)
     template, phi = decoder.template, decoder.phi
     with torch.no_grad():
         sparse = template.sparse_start + phi["sparse_prompt"][0]
-        dense = tiny_sam.prompt_encoder.no_mask_embed.weight[0] + phi["dense_prompt"][0]
-        expected = sam_logits(tiny_sam, embedding, sparse, dense)[:, 0]
+        dense = small_sam.prompt_encoder.no_mask_embed.weight[0] + phi["dense_prompt"][0]
+        expected = sam_logits(small_sam, embedding, sparse, dense)[:, 0]
         found = decoder(embedding)[:1, 0]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-def test_sparse_prompts_start_near_sams_positive_point_and_differ_from_each_other(tiny_sam):
-    start = PromptDecoder(tiny_sam, prompt="sparse:3").template.sparse_start
-    distance = (start - tiny_sam.prompt_encoder.point_embeddings[1].weight).norm(dim=1)
+def test_sparse_prompts_start_near_sams_positive_point_and_differ_from_each_other(small_sam):
+    start = PromptDecoder(small_sam, prompt="sparse:3").template.sparse_start
+    distance = (start - small_sam.prompt_encoder.point_embeddings[1].weight).norm(dim=1)
     assert (distance < 0.02 * 2 * 16).all()  # noise of 0.02 in 256 numbers: about 0.32
     assert (torch.pdist(start) > 0.1).all()
 
 
-def test_two_tokens_give_the_foreground_minus_the_background_mask_of_sams_decoder(tiny_sam, embedding):
-    decoder = perturb(PromptDecoder(tiny_sam, head="two_token"))
+def test_two_tokens_give_the_foreground_minus_the_background_mask_of_sams_decoder(small_sam, embedding):
+    decoder = perturb(PromptDecoder(small_sam, head="two_token"))
     task = copy.deepcopy(decoder.template)
     values = {name.split(".", 1)[1]: value[0] for name, value in decoder.adapter_state().items()}
     task.load_state_dict(values, strict=False)
     merge_lora(task)
     modeling = import_segment_anything().modeling
-    reference = copy.deepcopy(tiny_sam)
+    reference = copy.deepcopy(small_sam)
     reference.mask_decoder = modeling.MaskDecoder(
         transformer_dim=256, transformer=task.transformer, num_multimask_outputs=1
     )
-    reference.mask_decoder.iou_token.weight.data = tiny_sam.mask_decoder.iou_token.weight.data
+    reference.mask_decoder.iou_token.weight.data = small_sam.mask_decoder.iou_token.weight.data
     reference.mask_decoder.mask_tokens.weight.data = task.mask_tokens.data
     reference.mask_decoder.output_upscaling = task.output_upscaling
     reference.mask_decoder.output_hypernetworks_mlps = task.hypernetworks
-    dense = tiny_sam.prompt_encoder.no_mask_embed.weight[0] + decoder.phi["dense_prompt"][0]
+    dense = small_sam.prompt_encoder.no_mask_embed.weight[0] + decoder.phi["dense_prompt"][0]
     with torch.no_grad():
         pair = sam_logits(reference, embedding, torch.empty(0, 256), dense)
         found = decoder(embedding)[:1, 0]
     torch.testing.assert_close(found, pair[:, 1] - pair[:, 0], atol=1e-5, rtol=0)
 
 
-def test_building_and_moving_a_decoder_leaves_the_sam_as_it_was(tiny_sam, embedding):
-    before = {name: value.clone() for name, value in tiny_sam.state_dict().items()}
-    perturb(PromptDecoder(tiny_sam, tasks=2))(embedding)
-    assert all(torch.equal(value, before[name]) for name, value in tiny_sam.state_dict().items())
+def test_building_and_moving_a_decoder_leaves_the_sam_as_it_was(small_sam, embedding):
+    before = {name: value.clone() for name, value in small_sam.state_dict().items()}
+    perturb(PromptDecoder(small_sam, tasks=2))(embedding)
+    assert all(torch.equal(value, before[name]) for name, value in small_sam.state_dict().items())
 
 
 # The task axis
 
 
 @pytest.mark.parametrize(("prompt", "head"), KINDS)
-def test_three_tasks_at_once_equal_three_separate_decoders(tiny_sam, embedding, prompt, head):
-    decoder = perturb(PromptDecoder(tiny_sam, tasks=3, prompt=prompt, head=head)).double()
-    singles = single_tasks(decoder, lambda: PromptDecoder(tiny_sam, prompt=prompt, head=head).double())
+def test_three_tasks_at_once_equal_three_separate_decoders(small_sam, embedding, prompt, head):
+    decoder = perturb(PromptDecoder(small_sam, tasks=3, prompt=prompt, head=head)).double()
+    singles = single_tasks(decoder, lambda: PromptDecoder(small_sam, prompt=prompt, head=head).double())
     with torch.no_grad():
         together = decoder(embedding.double())
         apart = torch.cat([single(embedding.double()) for single in singles], 1)
@@ -128,52 +128,52 @@ def test_three_tasks_at_once_equal_three_separate_decoders(tiny_sam, embedding, 
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["shared embedding", "own embeddings"])
-def test_in_single_precision_tasks_at_once_differ_from_separate_ones_by_rounding_alone(tiny_sam, own):
+def test_in_single_precision_tasks_at_once_differ_from_separate_ones_by_rounding_alone(small_sam, own):
     torch.manual_seed(1)
     embedding = torch.randn(2, 3, 256, 4, 4) if own else torch.randn(2, 256, 4, 4)
-    decoder = perturb(PromptDecoder(tiny_sam, tasks=3))
-    singles = single_tasks(decoder, lambda: PromptDecoder(tiny_sam))
+    decoder = perturb(PromptDecoder(small_sam, tasks=3))
+    singles = single_tasks(decoder, lambda: PromptDecoder(small_sam))
     with torch.no_grad():
         together = decoder(embedding)
         apart = torch.cat([single(embedding[:, t] if own else embedding) for t, single in enumerate(singles)], 1)
     torch.testing.assert_close(together, apart, atol=2e-6, rtol=0)
 
 
-def test_a_single_task_takes_its_own_embedding_with_or_without_the_task_axis(tiny_sam, embedding):
-    decoder = perturb(PromptDecoder(tiny_sam))
+def test_a_single_task_takes_its_own_embedding_with_or_without_the_task_axis(small_sam, embedding):
+    decoder = perturb(PromptDecoder(small_sam))
     with torch.no_grad():
         assert torch.equal(decoder(embedding[:, None]), decoder(embedding))
 
 
-def test_the_gradient_of_one_task_does_not_reach_another(tiny_sam, embedding):
-    decoder = perturb(PromptDecoder(tiny_sam, tasks=2))
+def test_the_gradient_of_one_task_does_not_reach_another(small_sam, embedding):
+    decoder = perturb(PromptDecoder(small_sam, tasks=2))
     decoder(embedding)[:, 0].sum().backward()
     for p in (*decoder.lower_parameters(), *decoder.upper_parameters()):
         assert p.grad[0].any()
         assert not p.grad[1].any()
 
 
-def test_embeddings_for_another_number_of_tasks_are_refused(tiny_sam):
+def test_embeddings_for_another_number_of_tasks_are_refused(small_sam):
     with pytest.raises(ValueError, match=r"\(1, 2, 256, 4, 4\) holds not one embedding for each of the 3 tasks"):
-        PromptDecoder(tiny_sam, tasks=3)(torch.zeros(1, 2, 256, 4, 4))
+        PromptDecoder(small_sam, tasks=3)(torch.zeros(1, 2, 256, 4, 4))
 
 
-def test_each_task_starts_from_its_own_seed(tiny_sam):
-    mixed = PromptDecoder(tiny_sam, tasks=3, head="two_token", seed=[3, 5, 3]).adapter_state()
-    alone = PromptDecoder(tiny_sam, head="two_token", seed=5).adapter_state()
+def test_each_task_starts_from_its_own_seed(small_sam):
+    mixed = PromptDecoder(small_sam, tasks=3, head="two_token", seed=[3, 5, 3]).adapter_state()
+    alone = PromptDecoder(small_sam, head="two_token", seed=5).adapter_state()
     assert all(torch.equal(value[1], alone[name][0]) for name, value in mixed.items())
     assert all(torch.equal(value[0], value[2]) for value in mixed.values())
     assert not torch.equal(mixed["theta.mask_tokens"][0], mixed["theta.mask_tokens"][1])
 
 
-def test_seeds_that_do_not_match_the_tasks_are_refused(tiny_sam):
+def test_seeds_that_do_not_match_the_tasks_are_refused(small_sam):
     with pytest.raises(ValueError, match="2 seeds given for 3 tasks"):
-        PromptDecoder(tiny_sam, tasks=3, seed=[0, 1])
+        PromptDecoder(small_sam, tasks=3, seed=[0, 1])
 
 
-def test_sparse_prompts_start_alike_whatever_the_seed(tiny_sam):
+def test_sparse_prompts_start_alike_whatever_the_seed(small_sam):
     """What is saved is the difference from the start, so the start may not depend on the seed."""
-    starts = [TaskDecoder(tiny_sam, prompt="sparse:2", seed=seed).sparse_start for seed in (0, 7)]
+    starts = [TaskDecoder(small_sam, prompt="sparse:2", seed=seed).sparse_start for seed in (0, 7)]
     assert torch.equal(*starts)
 
 
@@ -181,48 +181,48 @@ def test_sparse_prompts_start_alike_whatever_the_seed(tiny_sam):
 
 
 @pytest.mark.parametrize(("prompt", "head"), KINDS)
-def test_the_two_levels_are_disjoint_and_are_all_that_trains(tiny_sam, prompt, head):
-    decoder = PromptDecoder(tiny_sam, tasks=2, prompt=prompt, head=head)
+def test_the_two_levels_are_disjoint_and_are_all_that_trains(small_sam, prompt, head):
+    decoder = PromptDecoder(small_sam, tasks=2, prompt=prompt, head=head)
     lower, upper = {id(p) for p in decoder.lower_parameters()}, {id(p) for p in decoder.upper_parameters()}
     assert not lower & upper
     assert lower | upper == {id(p) for p in decoder.parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize(("prompt", "head"), KINDS)
-def test_every_trainable_tensor_gets_a_gradient(tiny_sam, embedding, prompt, head):
-    decoder = perturb(PromptDecoder(tiny_sam, prompt=prompt, head=head))
+def test_every_trainable_tensor_gets_a_gradient(small_sam, embedding, prompt, head):
+    decoder = perturb(PromptDecoder(small_sam, prompt=prompt, head=head))
     decoder(embedding).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in decoder.parameters() if p.requires_grad)
 
 
-def test_the_iou_head_is_not_in_the_decoder(tiny_sam):
-    names = [name for name, _ in PromptDecoder(tiny_sam).named_parameters()]
-    assert len(tiny_sam.mask_decoder.iou_prediction_head.state_dict()) == 6
+def test_the_iou_head_is_not_in_the_decoder(small_sam):
+    names = [name for name, _ in PromptDecoder(small_sam).named_parameters()]
+    assert len(small_sam.mask_decoder.iou_prediction_head.state_dict()) == 6
     assert not [name for name in names if "iou" in name]
 
 
 @pytest.mark.parametrize(
     ("head", "theta"), [("sam", 23_552 + 73_952 + 139_808 + 256), ("two_token", 23_552 + 73_952 + 279_616 + 2 * 256)]
 )
-def test_the_lower_level_has_the_papers_number_of_parameters(tiny_sam, head, theta):
+def test_the_lower_level_has_the_papers_number_of_parameters(small_sam, head, theta):
     # Low-rank factors, upscaling, hyper-network(s), mask token(s); the same for every SAM with 256 channels.
-    assert count(PromptDecoder(tiny_sam, head=head).lower_parameters()) == theta
+    assert count(PromptDecoder(small_sam, head=head).lower_parameters()) == theta
 
 
 @pytest.mark.parametrize(("prompt", "vectors"), [("dense", 1), ("sparse:1", 1), ("sparse:4", 4), ("both:4", 5)])
-def test_the_upper_level_is_one_vector_of_256_for_each_prompt(tiny_sam, prompt, vectors):
-    assert count(PromptDecoder(tiny_sam, tasks=2, prompt=prompt).upper_parameters()) == 2 * vectors * 256
+def test_the_upper_level_is_one_vector_of_256_for_each_prompt(small_sam, prompt, vectors):
+    assert count(PromptDecoder(small_sam, tasks=2, prompt=prompt).upper_parameters()) == 2 * vectors * 256
 
 
-def test_weight_decay_pulls_the_prompt_to_sams_no_mask_embedding(tiny_sam):
-    decoder = perturb(PromptDecoder(tiny_sam))
-    start = tiny_sam.prompt_encoder.no_mask_embed.weight.detach()
-    before = decoder.merge(tiny_sam)["prompt_encoder.no_mask_embed.weight"] - start
+def test_weight_decay_pulls_the_prompt_to_sams_no_mask_embedding(small_sam):
+    decoder = perturb(PromptDecoder(small_sam))
+    start = small_sam.prompt_encoder.no_mask_embed.weight.detach()
+    before = decoder.merge(small_sam)["prompt_encoder.no_mask_embed.weight"] - start
     optimizer = torch.optim.AdamW(decoder.upper_parameters(), lr=0.1, weight_decay=0.5)
     for p in decoder.upper_parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
-    after = decoder.merge(tiny_sam)["prompt_encoder.no_mask_embed.weight"] - start
+    after = decoder.merge(small_sam)["prompt_encoder.no_mask_embed.weight"] - start
     torch.testing.assert_close(after, (1 - 0.1 * 0.5) * before, atol=1e-6, rtol=0)
 
 
@@ -230,37 +230,37 @@ def test_weight_decay_pulls_the_prompt_to_sams_no_mask_embedding(tiny_sam):
 
 
 @pytest.mark.parametrize("prompt", ["points", "sparse", "sparse:0", "both:-1", "both:x", "dense:2", ""])
-def test_an_unknown_prompt_is_refused(tiny_sam, prompt):
+def test_an_unknown_prompt_is_refused(small_sam, prompt):
     with pytest.raises(ValueError, match=rf"prompt: '{prompt}' is not dense, sparse:n or both:n"):
-        TaskDecoder(tiny_sam, prompt=prompt)
+        TaskDecoder(small_sam, prompt=prompt)
 
 
-def test_an_unknown_head_is_refused(tiny_sam):
+def test_an_unknown_head_is_refused(small_sam):
     with pytest.raises(ValueError, match="head: 'three' is not one of sam, two_token"):
-        TaskDecoder(tiny_sam, head="three")
+        TaskDecoder(small_sam, head="three")
 
 
-def test_a_rank_of_zero_is_refused(tiny_sam):
+def test_a_rank_of_zero_is_refused(small_sam):
     with pytest.raises(ValueError, match="lora_rank: 0 must be at least 1"):
-        TaskDecoder(tiny_sam, lora_rank=0)
+        TaskDecoder(small_sam, lora_rank=0)
 
 
-def test_no_task_at_all_is_refused(tiny_sam):
+def test_no_task_at_all_is_refused(small_sam):
     with pytest.raises(ValueError, match="0 tasks"):
-        PromptDecoder(tiny_sam, tasks=0)
+        PromptDecoder(small_sam, tasks=0)
 
 
 # Adapter tensors
 
 
-def test_adapters_of_another_head_are_refused_with_what_differs(tiny_sam):
-    state = PromptDecoder(tiny_sam, head="two_token").adapter_state()
+def test_adapters_of_another_head_are_refused_with_what_differs(small_sam):
+    state = PromptDecoder(small_sam, head="two_token").adapter_state()
     with pytest.raises(ValueError, match=r"hypernetworks\.1\.layers\.0\.bias"):
-        PromptDecoder(tiny_sam).load_adapter_state(state)
+        PromptDecoder(small_sam).load_adapter_state(state)
 
 
-def test_adapters_for_another_number_of_tasks_are_refused_and_nothing_is_taken(tiny_sam):
-    decoder, other = PromptDecoder(tiny_sam), perturb(PromptDecoder(tiny_sam, tasks=2))
+def test_adapters_for_another_number_of_tasks_are_refused_and_nothing_is_taken(small_sam):
+    decoder, other = PromptDecoder(small_sam), perturb(PromptDecoder(small_sam, tasks=2))
     before = {name: value.clone() for name, value in decoder.adapter_state().items()}
     with pytest.raises(ValueError, match=r"has shape \(2, .*\), not \(1, "):
         decoder.load_adapter_state(other.adapter_state())
@@ -270,19 +270,19 @@ def test_adapters_for_another_number_of_tasks_are_refused_and_nothing_is_taken(t
 # Merging
 
 
-def test_merging_changes_neither_the_sam_nor_the_decoder(tiny_sam, embedding):
-    decoder = perturb(PromptDecoder(tiny_sam, tasks=2))
+def test_merging_changes_neither_the_sam_nor_the_decoder(small_sam, embedding):
+    decoder = perturb(PromptDecoder(small_sam, tasks=2))
     with torch.no_grad():
         before = decoder(embedding)
-        for value in decoder.merge(tiny_sam, 1).values():
+        for value in decoder.merge(small_sam, 1).values():
             value.zero_()
         assert torch.equal(decoder(embedding), before)
-    assert tiny_sam.mask_decoder.mask_tokens.weight.any()
+    assert small_sam.mask_decoder.mask_tokens.weight.any()
 
 
-def test_merging_changes_only_what_was_trained(tiny_sam):
-    own = tiny_sam.state_dict()
-    merged = perturb(PromptDecoder(tiny_sam)).merge(tiny_sam)
+def test_merging_changes_only_what_was_trained(small_sam):
+    own = small_sam.state_dict()
+    merged = perturb(PromptDecoder(small_sam)).merge(small_sam)
     changed = {name for name, value in merged.items() if not torch.equal(value, own[name])}
     trained = (
         "mask_decoder.transformer.",
@@ -296,12 +296,12 @@ def test_merging_changes_only_what_was_trained(tiny_sam):
 
 
 @pytest.mark.parametrize(("prompt", "head"), KINDS[1:])
-def test_what_has_no_place_in_a_plain_sam_is_not_merged(tiny_sam, prompt, head):
+def test_what_has_no_place_in_a_plain_sam_is_not_merged(small_sam, prompt, head):
     with pytest.raises(ValueError, match="only head=sam with prompt=dense fits a plain SAM"):
-        PromptDecoder(tiny_sam, prompt=prompt, head=head).merge(tiny_sam)
+        PromptDecoder(small_sam, prompt=prompt, head=head).merge(small_sam)
 
 
 @pytest.mark.parametrize("task", [-1, 2])
-def test_merging_a_task_that_does_not_exist_is_refused(tiny_sam, task):
+def test_merging_a_task_that_does_not_exist_is_refused(small_sam, task):
     with pytest.raises(ValueError, match=rf"task {task} does not exist; there are 2"):
-        PromptDecoder(tiny_sam, tasks=2).merge(tiny_sam, task)
+        PromptDecoder(small_sam, tasks=2).merge(small_sam, task)

@@ -51,16 +51,17 @@ def assert_gives_the_masks_of(sam, network: PromptSam) -> None:
     assert torch.equal(full > 0, reference["masks"])
 
 
+@pytest.mark.parametrize("model", ["tiny", "small_vit"])
 @pytest.mark.parametrize("image_size", [64, 256, pytest.param(1024, marks=pytest.mark.slow)])
-def test_around_an_untouched_sam_it_gives_the_masks_of_that_sam(image_size):
-    network = PromptSam("tiny", image_size, "random")
+def test_around_an_untouched_sam_it_gives_the_masks_of_that_sam(small_vit, image_size, model):
+    network = PromptSam(model, image_size, "random")
     randomise_positions(network)
     assert_gives_the_masks_of(build_sam_with(network), network)
 
 
 def build_sam_with(network: PromptSam):
     """A second SAM with the weights of the network's."""
-    sam = build_sam("tiny", network.image_size, "random")
+    sam = build_sam(network.settings["sam_model"], network.image_size, "random")
     sam.load_state_dict(network.sam.state_dict())
     return sam
 
@@ -91,14 +92,24 @@ def test_vit_b_trains_the_papers_number_of_parameters():
     assert sum(p.numel() for p in network.parameters() if p.requires_grad) == 237_568 + 256
 
 
+@pytest.mark.parametrize(("model", "side"), [("tiny", 32), ("small_vit", 16)])
+def test_masks_are_drawn_on_a_grid_of_four_pixels_to_a_place_of_the_embedding(small_vit, model, side):
+    network = PromptSam(model, 64, "random")  # an embedding of 8 x 8 at a stride of 8, of 4 x 4 at a stride of 16
+    with torch.no_grad():
+        logits = network.decoder(network.encode(torch.zeros(1, 3, 64, 64)))
+    assert network.grid_size == side
+    assert logits.shape == (1, 1, side, side)
+
+
 def test_the_encoder_keeps_no_graph():
     network = PromptSam("tiny", 64, "random")
     assert not network.encode(torch.zeros(1, 3, 64, 64, requires_grad=True)).requires_grad
 
 
-def test_a_merged_task_gives_the_same_masks_in_sam_predictor():
-    network = perturb(PromptSam("tiny", 64, "random", ("lung", "heart")))
-    sam = build_sam("tiny", 64, "random")
+@pytest.mark.parametrize("model", ["tiny", "small_vit"])
+def test_a_merged_task_gives_the_same_masks_in_sam_predictor(small_vit, model):
+    network = perturb(PromptSam(model, 64, "random", ("lung", "heart")))
+    sam = build_sam(model, 64, "random")
     sam.load_state_dict(network.merge("heart"), strict=True)
     predictor = import_segment_anything().SamPredictor(sam)
     image = picture(64)

@@ -13,10 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from blosam_monai.networks import sam as sam_module
-from blosam_monai.networks.sam import SamFile, build_sam, find_checkpoint, import_segment_anything
+from blosam_monai.networks.sam import (
+    TINY_FILE,
+    TINY_SHA256,
+    SamFile,
+    build_sam,
+    find_checkpoint,
+    import_segment_anything,
+)
 
 # Head width and global blocks of Meta's models, from the SAM paper's code; the width of a token comes with the file.
 HEAD_WIDTH = {"vit_b": 64, "vit_l": 64, "vit_h": 80}
@@ -55,8 +63,8 @@ def tiny_file(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("image_size", [0, 8, 100, 1023])
-def test_an_image_size_off_the_patch_is_refused_with_the_patch(image_size):
-    with pytest.raises(ValueError, match=rf"image_size: {image_size} is not a positive multiple of the patch, 16"):
+def test_an_image_size_off_the_tokens_is_refused_with_their_side(image_size):
+    with pytest.raises(ValueError, match=rf"image_size: {image_size} is not a positive multiple of 16 pixels"):
         build_sam("tiny", image_size)
 
 
@@ -65,18 +73,32 @@ def test_an_unknown_model_is_refused_with_the_known_ones():
         build_sam("vit_x", 64)
 
 
-@pytest.mark.parametrize("image_size", [256, 1024])
-def test_tiny_has_at_most_five_million_parameters(image_size):
-    assert sum(p.numel() for p in build_sam("tiny", image_size).parameters()) <= 5_000_000
+def count(sam: nn.Module) -> int:
+    return sum(p.numel() for p in sam.parameters())
 
 
-def test_random_weights_are_the_same_twice_and_leave_the_global_seed_alone():
+def test_tiny_has_at_most_five_million_parameters():
+    assert count(build_sam("tiny", 256, "random")) <= 5_000_000  # ten megabytes, at two bytes each
+
+
+def test_a_larger_image_adds_nothing_to_tiny_but_rows_of_position_tables():
+    # 64 x 64 tokens of width 192 instead of 16 x 16; in six blocks two tables of 127 rows of 32 instead of 31.
+    added = (64**2 - 16**2) * 192 + 6 * 2 * (127 - 31) * 32
+    assert count(build_sam("tiny", 1024, "random")) == count(build_sam("tiny", 256, "random")) + added
+
+
+def test_random_weights_are_the_same_twice():
+    first, second = build_sam("tiny", 64, "random").state_dict(), build_sam("tiny", 64, "random").state_dict()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("checkpoint", ["random", None])
+def test_building_leaves_the_global_seed_alone(checkpoint):
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    first, second = build_sam("tiny", 64, "random").state_dict(), build_sam("tiny", 64, "random").state_dict()
+    build_sam("tiny", 64, checkpoint)
     assert torch.equal(torch.rand(3), expected)
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 @pytest.mark.slow
@@ -116,22 +138,23 @@ def test_a_ramp_in_a_table_stays_the_same_ramp_when_resized(model, tmp_path):
 
 
 def test_the_columns_of_a_position_table_stay_columns(tmp_path):
-    state = build_sam("tiny", 1024).state_dict()
-    state["image_encoder.pos_embed"] = (100 * ramp(64)[:, None] + ramp(64))[None, :, :, None].expand(1, 64, 64, 128)
+    state = build_sam("tiny", 1024, "random").state_dict()
+    state["image_encoder.pos_embed"] = (100 * ramp(64)[:, None] + ramp(64))[None, :, :, None].expand(1, 64, 64, 192)
     torch.save(state, tmp_path / "sam.pth")
     table = build_sam("tiny", 256, tmp_path / "sam.pth").image_encoder.pos_embed[0, :, :, 0]
     centres = 4 * ramp(16) + 1.5
     torch.testing.assert_close(table, 100 * centres[:, None] + centres)
 
 
-def test_resized_relative_tables_act_as_the_lookup_of_segment_anything_does(tmp_path):
+@pytest.mark.parametrize("model", ["tiny", "small_vit"])
+def test_resized_relative_tables_act_as_the_lookup_of_segment_anything_does(model, small_vit, tmp_path):
     torch.manual_seed(0)
-    large = build_sam("tiny", 1024)
+    large = build_sam(model, 1024, "random")
     for block in large.image_encoder.blocks:
         nn.init.normal_(block.attn.rel_pos_h)
         nn.init.normal_(block.attn.rel_pos_w)
     torch.save(large.state_dict(), tmp_path / "sam.pth")
-    resized, looked_up = build_sam("tiny", 256, tmp_path / "sam.pth"), build_sam("tiny", 256, tmp_path / "sam.pth")
+    resized, looked_up = (build_sam(model, 256, tmp_path / "sam.pth") for _ in range(2))
     for block, source in zip(looked_up.image_encoder.blocks, large.image_encoder.blocks, strict=True):
         block.attn.rel_pos_h, block.attn.rel_pos_w = source.attn.rel_pos_h, source.attn.rel_pos_w  # resized at each use
     image = torch.randn(1, 3, 256, 256)
@@ -167,6 +190,12 @@ def test_a_spoilt_file_is_refused_by_name(spoil, tiny_file):
         build_sam("tiny", 64, tiny_file)
 
 
+def test_a_truncated_safetensors_file_is_refused_by_name(tmp_path):
+    (tmp_path / "tiny.safetensors").write_bytes(TINY_FILE.read_bytes()[:100_000])
+    with pytest.raises(ValueError, match=r"tiny\.safetensors cannot be read as a SAM checkpoint"):
+        build_sam("tiny", 64, tmp_path / "tiny.safetensors")
+
+
 def test_a_plain_pickle_is_refused_by_name(tmp_path):
     (tmp_path / "data.pkl").write_bytes(pickle.dumps({"image": [1, 2, 3]}))
     with pytest.raises(ValueError, match=r"data\.pkl cannot be read as a SAM checkpoint"):
@@ -186,17 +215,35 @@ def test_a_foreign_state_dict_is_refused_with_what_is_missing_and_what_is_not_kn
         build_sam("tiny", 64, tmp_path / "linear.pth")
 
 
-def test_a_smaller_model_of_the_family_is_refused_with_the_missing_blocks(tiny_file):
-    # vit_b has 12 blocks of 14 tensors, tiny has 6.
-    with pytest.raises(ValueError, match=r"not a vit_b: 84 tensors missing \(first: image_encoder\.blocks\.10\."):
+def test_a_smaller_model_of_the_family_is_refused_with_the_missing_blocks(small_vit, tmp_path):
+    torch.save(build_sam(small_vit, 64, "random").state_dict(), tmp_path / "small.pth")
+    # vit_b has 12 blocks of 14 tensors, this one has 2.
+    with pytest.raises(ValueError, match=r"not a vit_b: 140 tensors missing \(first: image_encoder\.blocks\.10\."):
+        build_sam("vit_b", 64, tmp_path / "small.pth")
+
+
+def test_a_file_of_tiny_is_refused_as_another_model(tiny_file):
+    with pytest.raises(ValueError, match=r"not a vit_b: \d+ tensors missing .*; \d+ tensors not known .*choose"):
         build_sam("vit_b", 64, tiny_file)
+
+
+def test_half_precision_becomes_single_whatever_the_kind_of_file(tmp_path):
+    torch.manual_seed(0)
+    state = {name: value.half() for name, value in build_sam("tiny", 128, "random").state_dict().items()}
+    torch.save(state, tmp_path / "sam.pth")
+    save_file(state, tmp_path / "sam.safetensors")
+    for path in tmp_path.iterdir():
+        loaded = build_sam("tiny", 64, path).state_dict()
+        assert {value.dtype for value in loaded.values()} == {torch.float32}
+        name = "mask_decoder.iou_token.weight"
+        assert torch.equal(loaded[name], state[name].float())
 
 
 def test_a_tensor_of_another_shape_is_refused_with_its_name_and_both_shapes(tiny_file):
     state = torch.load(tiny_file)
     state["image_encoder.blocks.0.norm1.weight"] = torch.ones(99)
     torch.save(state, tiny_file)
-    with pytest.raises(ValueError, match=r"blocks\.0\.norm1\.weight has shape \(99,\), tiny has \(128,\)"):
+    with pytest.raises(ValueError, match=r"blocks\.0\.norm1\.weight has shape \(99,\), tiny has \(192,\)"):
         build_sam("tiny", 64, tiny_file)
 
 
@@ -415,9 +462,50 @@ def test_an_answer_that_is_no_http_says_how_to_get_the_file(depot, cached):
     assert list(cached.parent.iterdir()) == []
 
 
-def test_tiny_has_no_file_to_download():
-    with pytest.raises(ValueError, match="no published file for tiny; use sam_checkpoint=random"):
-        build_sam("tiny", 64, "download")
+def test_an_altered_file_in_the_cache_is_refused_with_both_hashes(depot, cached):
+    cached.write_bytes(b"altered")
+    found, expected = hashlib.sha256(b"altered").hexdigest(), hashlib.sha256(CONTENT).hexdigest()
+    with pytest.raises(ValueError, match=rf"{re.escape(str(cached))} has SHA-256 {found}, the published .*{expected}"):
+        build_sam("vit_b", 64)
+
+
+# The file in the package
+
+
+@pytest.mark.parametrize("checkpoint", [None, "download"])
+def test_tiny_is_loaded_from_the_package_and_never_fetched(checkpoint, depot, monkeypatch):
+    monkeypatch.setattr(sam_module, "download", None)
+    sam = build_sam("tiny", 64, checkpoint)
+    assert sam.weights == TINY_SHA256 == hashlib.sha256(TINY_FILE.read_bytes()).hexdigest()
+    assert depot.asked == []
+
+
+@pytest.mark.parametrize("model", ["vit_b", "vit_l", "vit_h"])
+def test_no_other_model_falls_back_to_tiny(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("BLOSAM_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=f"SAM {model} needs Meta's checkpoint"):
+        build_sam(model, 64)
+
+
+def test_without_its_file_tiny_is_not_built_and_the_remedy_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(sam_module, "TINY_FILE", tmp_path / "tiny.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"tiny\.safetensors belongs to this package and is missing; reinstall"):
+        build_sam("tiny", 64)
+
+
+@pytest.mark.parametrize("alter", [lambda data: data[:-1] + b"?", lambda data: data[:99]], ids=["a byte", "cut short"])
+def test_an_altered_file_of_tiny_is_refused_with_both_hashes_and_the_remedy(alter, tmp_path, monkeypatch):
+    path = tmp_path / "tiny.safetensors"
+    path.write_bytes(alter(TINY_FILE.read_bytes()))
+    monkeypatch.setattr(sam_module, "TINY_FILE", path)
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    with pytest.raises(ValueError, match=f"SHA-256 {found}, the published file {TINY_SHA256}; reinstall") as error:
+        build_sam("tiny", 64)
+    assert "\n" not in str(error.value)
+
+
+def test_a_given_file_of_tiny_may_be_another_than_the_published_one(tiny_file):
+    assert build_sam("tiny", 64, tiny_file).weights != TINY_SHA256
 
 
 # The guard around torchvision
