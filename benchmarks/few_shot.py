@@ -17,6 +17,7 @@ import itertools
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,6 @@ PHANTOMS = {"phantom_films": write_chest_films, "phantom_ct": write_ct_slices}
 METHODS = {"first_order": {}, "crossfit": {"crossfit": True}, "joint": {"joint": True}}
 WEIGHTS = {"shipped": None, "random": "random"}  # of the tiny SAM: sam_checkpoint
 N_SHOT = 4
-KEY = ("set", "weights", "method", "draw", "task", "case")
 
 
 class Set:
@@ -176,64 +176,80 @@ def _dice(pred: torch.Tensor, label: torch.Tensor) -> float:
     return 2 * int((pred & label).sum()) / size if size else 1.0
 
 
-def dice_table(rows: list[dict]) -> np.ndarray:
-    """Dice of one set, task, method and weights as (draws, cases), nan where a case was a support."""
-    draws, cases = (sorted({row[key] for row in rows}) for key in ("draw", "case"))
-    table = np.full((len(draws), len(cases)), np.nan)
+def tables(rows: list[dict], task_of: Callable[[dict], tuple]) -> dict[tuple, np.ndarray]:
+    """Dice of each task as (draws, cases), nan where a case was a support or is of another site.
+
+    Cases are those of the whole folder, so that sets of the same images stand in the same columns.
+    """
+    cases = {
+        folder: sorted({row["case"] for row in rows if SETS[row["set"]][0] == folder})
+        for folder in dict.fromkeys(SETS[row["set"]][0] for row in rows)
+    }
+    found: dict[tuple, np.ndarray] = {}
     for row in rows:
-        table[draws.index(row["draw"]), cases.index(row["case"])] = float(row["dice"])
-    return table
+        columns = cases[SETS[row["set"]][0]]
+        table = found.setdefault(task_of(row), np.full((int(row["draws"]), len(columns)), np.nan))
+        table[int(row["draw"]), columns.index(row["case"])] = float(row["dice"])
+    return found
 
 
-def resampled_means(tables: list[np.ndarray], *, resamples: int = 10_000, seed: int = 0) -> np.ndarray:
-    """Means over tables (draws, cases) of a set, one a task, with draws and cases drawn again: (resamples, tables)."""
-    rng = np.random.default_rng(seed)
-    draws, cases = tables[0].shape
-    stacked = np.stack(tables)
-    means = np.empty((resamples, len(tables)))
-    for i in range(resamples):
-        again = np.ix_(range(len(tables)), rng.integers(draws, size=draws), rng.integers(cases, size=cases))
-        means[i] = np.nanmean(stacked[again], axis=(1, 2))
+def resampled_means(by_task: dict[tuple, np.ndarray], *, resamples: int = 10_000) -> np.ndarray:
+    """Mean of each task with draws and cases drawn again, (resamples, tasks).
+
+    Tasks on the images of one folder get the same draws and cases: they are not independent.
+    """
+    means = np.empty((resamples, len(by_task)))
+    folders = [SETS[task[0]][0] for task in by_task]
+    for folder in dict.fromkeys(folders):
+        rng = np.random.default_rng(0)
+        own = [number for number, other in enumerate(folders) if other == folder]
+        stacked = np.stack([list(by_task.values())[number] for number in own])  # (tasks, draws, cases)
+        _, draws, cases = stacked.shape
+        for i in range(resamples):
+            again = np.ix_(range(len(own)), rng.integers(draws, size=draws), rng.integers(cases, size=cases))
+            means[i, own] = np.nanmean(stacked[again], axis=(1, 2))
     return means
 
 
 def print_dice(rows: list[dict]) -> None:
-    """Dice of every set, task, method and weights."""
+    """Dice of every task, and the mean over tasks, by method and weights."""
     print("| set | task | method | weights | Dice, mean | SD over draws | 95 % interval | cases |")
     print("|---|---|---|---|---|---|---|---|")
-    for key in dict.fromkeys((r["set"], r["task"], r["method"], r["weights"]) for r in rows):
-        table = dice_table([r for r in rows if (r["set"], r["task"], r["method"], r["weights"]) == key])
-        by_draw = np.nanmean(table, axis=1)
-        low, high = np.percentile(resampled_means([table]), [2.5, 97.5])
-        mean, sd = by_draw.mean(), by_draw.std(ddof=1)
-        print(f"| {' | '.join(key)} | {mean:.3f} | {sd:.3f} | {low:.3f} to {high:.3f} | {table.shape[1]} |")
+    for method, weights in dict.fromkeys((row["method"], row["weights"]) for row in rows):
+        chosen = [row for row in rows if (row["method"], row["weights"]) == (method, weights)]
+        by_task = tables(chosen, lambda row: (row["set"], row["task"]))
+        means = resampled_means(by_task)
+        for number, (task, table) in enumerate(by_task.items()):
+            cases = int((~np.isnan(table)).any(0).sum())
+            spread = np.nanmean(table, axis=1).std(ddof=1)
+            print(
+                f"| {' | '.join(task)} | {method} | {weights} | {_figures(table, means[:, number], spread)} | {cases} |"
+            )
+        overall = np.mean([np.nanmean(table) for table in by_task.values()])
+        print(f"| **all** | **mean of {len(by_task)}** | {method} | {weights} | {_figures(overall, means.mean(1))} | |")
 
 
 def print_gain(rows: list[dict]) -> None:
-    """Gain of the shipped over the random weights, case by case: of each task, and the mean over all tasks."""
+    """Gain of the shipped over the random weights, case by case: of each task, and the mean over tasks."""
     print("| set | task | method | gain | 95 % interval |\n|---|---|---|---|---|")
     for method in dict.fromkeys(row["method"] for row in rows):
-        gains, everything = [], []
-        for name in dict.fromkeys(row["set"] for row in rows):
-            own = [row for row in rows if (row["set"], row["method"]) == (name, method)]
-            if {row["weights"] for row in own} != set(WEIGHTS):
-                continue
-            tasks = list(dict.fromkeys(row["task"] for row in own))
-            tables = [
-                np.subtract(*(dice_table([r for r in own if (r["task"], r["weights"]) == (t, w)]) for w in WEIGHTS))
-                for t in tasks
-            ]
-            means = resampled_means(tables, seed=len(gains))
-            for t, task in enumerate(tasks):
-                low, high = np.percentile(means[:, t], [2.5, 97.5])
-                print(f"| {name} | {task} | {method} | {np.nanmean(tables[t]):+.3f} | {low:+.3f} to {high:+.3f} |")
-            gains += [float(np.nanmean(table)) for table in tables]
-            everything.append(means)
-        if gains:
-            low, high = np.percentile(np.concatenate(everything, 1).mean(1), [2.5, 97.5])
-            print(
-                f"| **all** | **mean of {len(gains)}** | {method} | {np.mean(gains):+.3f} | {low:+.3f} to {high:+.3f} |"
-            )
+        both = tables([row for row in rows if row["method"] == method], lambda r: (r["set"], r["task"], r["weights"]))
+        pairs = {key[:2]: (both[key], both.get((*key[:2], "random"))) for key in both if key[2] == "shipped"}
+        gains = {task: shipped - random for task, (shipped, random) in pairs.items() if random is not None}
+        if not gains:
+            continue
+        means = resampled_means(gains)
+        for number, (task, table) in enumerate(gains.items()):
+            low, high = np.percentile(means[:, number], [2.5, 97.5])
+            print(f"| {' | '.join(task)} | {method} | {np.nanmean(table):+.3f} | {low:+.3f} to {high:+.3f} |")
+        low, high = np.percentile(means.mean(1), [2.5, 97.5])
+        overall = np.mean([np.nanmean(table) for table in gains.values()])
+        print(f"| **all** | **mean of {len(gains)}** | {method} | {overall:+.3f} | {low:+.3f} to {high:+.3f} |")
+
+
+def _figures(values: np.ndarray, resampled: np.ndarray, spread: float | None = None) -> str:
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return f"{np.nanmean(values):.3f} | {'' if spread is None else f'{spread:.3f}'} | {low:.3f} to {high:.3f}"
 
 
 def run(networks: dict[str, PromptSam], options: argparse.Namespace) -> list[dict]:
@@ -247,16 +263,20 @@ def run(networks: dict[str, PromptSam], options: argparse.Namespace) -> list[dic
             data = Path(generated) if SETS[name][0] in PHANTOMS else options.data
             images = Set(name, data, options.draws)
             for weights, method in itertools.product(networks, options.methods):
-                cell = {"set": name, "weights": weights, "method": method}
+                cell = {"set": name, "weights": weights, "method": method, "sam_weights": networks[weights].sam_weights}
+                cell |= {key: str(getattr(options, key)) for key in ("draws", "epochs", "image_size")}
                 if any(cell.items() <= row.items() for row in rows):
                     continue
                 start = time.perf_counter()
                 rows += [cell | row for row in run_set(images, method, networks[weights], options.epochs)]
-                print(f"{', '.join(cell.values())}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+                print(f"{name}, {weights}, {method}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
                 with atomic(options.output) as part, part.open("w", newline="", encoding="utf-8") as file:
-                    writer = csv.DictWriter(file, fieldnames=[*KEY, "dice"])
+                    writer = csv.DictWriter(file, fieldnames=list(rows[0]))
                     writer.writeheader()
                     writer.writerows(rows)
+    others = {row["sam_weights"] for row in rows} - {network.sam_weights for network in networks.values()}
+    if others:
+        raise ValueError(f"{options.output}: holds rows of other weights ({', '.join(others)}); give another --output.")
     return rows
 
 
@@ -274,6 +294,8 @@ def main() -> None:
     parser.add_argument("--weights", nargs="*", choices=list(WEIGHTS), default=list(WEIGHTS))
     parser.add_argument("--image_size", type=int, default=256)
     options = parser.parse_args()
+    if options.data is None and any(SETS[name][0] not in PHANTOMS for name in options.sets):
+        parser.error("--data: give the folder of the real images, or --sets of phantoms alone.")
     networks = {name: PromptSam("tiny", options.image_size, WEIGHTS[name]) for name in options.weights}
     rows = run(networks, options)
     for weights, network in networks.items():

@@ -185,6 +185,7 @@ def write_adapters(path: Path, trained: Path, model: str, classes: int) -> None:
     if model != settings["sam_model"]:
         network = PromptSam(model, settings["image_size"], "random", tasks)
         state = network.decoder.adapter_state()
+        settings = settings | {"sam_weights": network.sam_weights}
     save_adapters(path, {k: v[:classes] for k, v in state.items()}, settings | {"sam_model": model, "tasks": tasks})
 
 

@@ -9,7 +9,7 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -86,9 +86,9 @@ KEYS = {
     "temperature": "of the contrast",
     "lr": "highest learning rate of the encoder",
     "decoder_lr": "highest learning rate of the decoder",
-    "warmup": "steps until then",
+    "warmup": "steps over which a learning rate rises",
     "max_norm": "largest norm of a gradient",
-    "overlays": "also write the images with masks tinted",
+    "overlays": "also write pictures: masks tinted or, beside a label, both outlined",
 }
 POSITIVE_KEYS = (
     *("max_epochs", "batch_size", "val_interval"),
@@ -101,6 +101,7 @@ _RECIPE = (
     *("lr", "decoder_lr", "warmup", "max_norm"),
 )
 TRAIN_KEYS = [k for k in KEYS if k not in ("section", "threshold", *_PREDICT_ONLY, *_RECIPE)]
+_PRETRAIN_TEXTS = {"seed": "seed of the images; SAM starts as `random` does", "weight_decay": "of AdamW"}
 PRETRAIN_KEYS = [
     *("output_dir", "device", "resume", "overwrite", "tracking_uri"),
     *("sam_model", "image_size", "seed", "weight_decay", *_RECIPE),
@@ -140,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except KeyboardInterrupt:
-        hint = "; --resume true goes on from the last saved epoch." if options.verb in ("train", "pretrain") else "."
+        hint = "; --resume true goes on from the last saved state." if options.verb in ("train", "pretrain") else "."
         print(f"blosam: interrupted{hint}", file=sys.stderr)
         return 130
     except Exception as error:
@@ -230,7 +231,7 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     report.add_argument("--log_paths", type=_boolean, default=False, help="name cases and folders (default: false)")
     report.add_argument("--overwrite", type=_boolean, default=False, help="replace that file (default: false)")
     pretrain = verb("pretrain", _pretrain, "Train the weights of the tiny SAM anew, on drawn images.")
-    _add_keys(pretrain, PRETRAIN_KEYS, ("pretrain.json",), required=("output_dir",))
+    _add_keys(pretrain, PRETRAIN_KEYS, ("pretrain.json",), required=("output_dir",), texts=_PRETRAIN_TEXTS)
     demo = verb("demo", _demo, "Every verb once, on generated CT of the abdomen: at most a minute.")
     demo.add_argument("--output_dir", default="demo", help="folder for everything (default: demo)")
     demo.add_argument("--overwrite", type=_boolean, default=False, help="replace an earlier demo (default: false)")
@@ -242,20 +243,28 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     return parser, verbs
 
 
-def _add_keys(parser: _Parser, keys: Sequence[str], files: Sequence[str], *, required: Sequence[str]) -> None:
-    """One option a config key, checked against the type of its default."""
+def _add_keys(
+    parser: _Parser,
+    keys: Sequence[str],
+    files: Sequence[str],
+    *,
+    required: Sequence[str],
+    texts: Mapping[str, str] | None = None,
+) -> None:
+    """One option a config key, checked against the type of its default; ``texts`` are helps other than in KEYS."""
+    texts = {**KEYS, **(texts or {})}
     defaults: dict[str, Any] = {}
     for file in files:
         defaults |= json.loads((BUNDLE / "configs" / file).read_text(encoding="utf-8"))
     for key in keys:
         default = defaults[key]
-        shown = "" if default is None or "default" in KEYS[key] or key in required else f" (default: {_show(default)})"
+        shown = "" if default is None or "default" in texts[key] or key in required else f" (default: {_show(default)})"
         parser.add_argument(
             f"--{key}",
             type=_type_of(key, default),
             required=key in required,
             default=argparse.SUPPRESS,
-            help=KEYS[key] + shown,
+            help=texts[key] + shown,
             metavar="VALUE",
         )
 
@@ -447,7 +456,17 @@ def _doctor(options: argparse.Namespace) -> None:
     from blosam_monai.networks.sam import SAM_FILES, cache_dir
 
     print(f"blosam_monai {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
-    needed = ("torch", "torchvision", "monai", "pytorch-ignite", "mlflow", "segment-anything", "safetensors")
+    needed = (
+        "torch",
+        "torchvision",
+        "monai",
+        "pytorch-ignite",
+        "mlflow",
+        "segment-anything",
+        "safetensors",
+        "jinja2",
+        "matplotlib",
+    )
     for package in (*needed, "nibabel", "SimpleITK", "pydicom", "highdicom"):
         try:
             found = importlib.metadata.version(package)

@@ -404,6 +404,8 @@ class TrainingState:
         """Attach to the trainer; restore the saved state first if ``resume`` (``check_state`` has found it there)."""
         if resume:
             self._restore(trainer)
+        else:  # or a run that is stopped before its first save would go on as the one that it replaced
+            trainer.add_event_handler(Events.STARTED, lambda: self.path.unlink(missing_ok=True))
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self.save)
 
     def save(self, engine: Engine) -> None:

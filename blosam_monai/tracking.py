@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
 from monai.engines import Evaluator
 from monai.handlers import MLFlowHandler
 from monai.utils.enums import CommonKeys
@@ -94,7 +95,13 @@ class RunHandler(MLFlowHandler):
             return
         self._set_experiment()
         if self.resume_run_id:
-            self.client.update_run(self.resume_run_id, status="RUNNING")
+            try:
+                self.client.update_run(self.resume_run_id, status="RUNNING")
+            except MlflowException as error:
+                raise ValueError(
+                    f"tracking_uri: run {self.resume_run_id}, which is resumed, is not in this store ({error}); give "
+                    "the store that it began in."
+                ) from error
             self.cur_run = self.client.get_run(self.resume_run_id)
         else:
             self.cur_run = self._new_run()

@@ -46,6 +46,7 @@ from blosam_monai.tracking import RunHandler
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
 
+LEAST_PLACES = 8  # side of the smallest embedding; in a smaller one some ensembles fill no place wholly
 CELLS = 2  # a place of the embedding is labelled in 2 x 2 cells, so that it must know where in it a border runs
 
 
@@ -309,8 +310,9 @@ def mask_loss(logits: Tensor, target: Tensor) -> Tensor:
 class Pretrainer(Engine):
     """An Ignite engine whose step sees ensembles that the recipe's seed and the step's number decide, and nothing else.
 
-    So a run that goes on from a saved state takes the same steps, bit for bit on the same machine. The engine's output
-    is a list of one dictionary of losses, as that of MONAI's trainers.
+    So a run that goes on from a saved state takes the same steps: on a CPU bit for bit, on CUDA but for the order of
+    sums in the gradient of the interpolation. The engine's output is a list of one dictionary of losses, as that of
+    MONAI's trainers.
 
     Args:
         recipe: what decides the weights.
@@ -328,11 +330,21 @@ class Pretrainer(Engine):
             raise ValueError("steps, decoder_steps: both are 0; give one of them a multiple of 50.")
         if recipe.subjects < 2:
             raise ValueError(f"subjects: {recipe.subjects} has no other to learn from; give 2 or more.")
+        for name in ("ensembles", "masks", "warmup", "temperature", "max_norm"):
+            if not getattr(recipe, name) > 0:
+                raise ValueError(f"{name}: {getattr(recipe, name)} is not above 0.")
+        if not recipe.few_shot + recipe.contrast:
+            raise ValueError("few_shot, contrast: both are 0; give one of them a weight.")
         self.recipe, self.device = recipe, torch.device(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             self.sam = build_sam(recipe.sam_model, recipe.image_size, RANDOM)
             self.objectives = Objectives(self.sam, recipe).to(self.device).train()
+        if self.sam.prompt_encoder.image_embedding_size[0] < LEAST_PLACES:
+            raise ValueError(
+                f"image_size: {recipe.image_size} pixels are fewer than {LEAST_PLACES} x {LEAST_PLACES} places of the "
+                f"embedding of {recipe.sam_model}, too few to hold whole structures; give a larger one."
+            )
         steps = {"encoder": recipe.steps, "decoder": recipe.decoder_steps}
         self.optimizers = {
             "encoder": _adamw(self.objectives.encoder_parameters(), recipe.lr, recipe),
@@ -362,14 +374,19 @@ class Pretrainer(Engine):
         ]
         part = "encoder" if step < recipe.steps else "decoder"
         objective = self.objectives.encoder_losses if part == "encoder" else self.objectives.decoder_losses
+        # NumPy ignores trailing zeros: this is also the stream of the step's ensemble 0, so the two are not
+        # independent.
         losses = objective(ensembles, np.random.default_rng((recipe.seed, step)))
+        found = {str(name): float(value.detach()) for name, value in losses.items()}  # no enum: the state keeps text
+        if not math.isfinite(found["loss"]):
+            raise ValueError(f"step {step + 1}: the loss is {found['loss']}; give a lower lr.")
         optimizer = self.optimizers[part]
         optimizer.zero_grad()
         losses[CommonKeys.LOSS].backward()
         nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], recipe.max_norm)
         optimizer.step()
         self.lr_schedulers[part].step()
-        return {str(name): float(value.detach()) for name, value in losses.items()}  # no enum: the state keeps text
+        return found
 
 
 def rate(step: int, steps: int, warmup: int) -> float:
@@ -390,7 +407,7 @@ def pretrain(
     overwrite: bool = False,
     tracking_uri: str | None = None,
 ) -> Path:
-    """Train a SAM by a recipe; the same recipe gives the same weights on the same machine.
+    """Train a SAM by a recipe; on a CPU the same recipe gives the same weights on the same machine.
 
     Written to ``output_dir``: ``<sam_model>.safetensors`` (fp16, the recipe in its header), ``losses.csv`` (one row a
     step), ``state.pt`` (to resume from) and the MLflow store.
@@ -399,12 +416,16 @@ def pretrain(
         output_dir: folder for everything.
         recipe: what decides the weights.
         device: where to train.
-        resume: go on from the state in ``output_dir``; the recipe must be the same.
+        resume: go on from the state in ``output_dir``; recipe and kind of device must be the same.
         overwrite: replace an earlier training in it.
         tracking_uri: MLflow store; default: SQLite in ``output_dir``.
 
     Returns:
         The path of the weights, a file for ``sam_checkpoint``.
+
+    Raises:
+        ValueError: the recipe cannot be trained, or the loss is no longer finite.
+        FileExistsError, FileNotFoundError: see ``check_state``.
     """
     folder = Path(output_dir)
     state = folder / "state.pt"
@@ -429,9 +450,13 @@ def pretrain(
     }
     for handler in (ProgressHandler("pretraining"), losses, tracker):
         handler.attach(trainer)
-    TrainingState(state, saved, settings).attach(trainer, resume=resume)
+    # The random stream is the device's, so a run goes on where it began.
+    TrainingState(state, saved, {**settings, "device": trainer.device.type}).attach(trainer, resume=resume)
+    path = folder / f"{recipe.sam_model}.safetensors"
+    if not resume:
+        path.unlink(missing_ok=True)  # of the training that is replaced
     trainer.run()
-    path = save_sam(folder / f"{recipe.sam_model}.safetensors", trainer.sam, settings)
+    save_sam(path, trainer.sam, settings)
     tracker.close(path, losses.path)
     return path
 

@@ -445,6 +445,55 @@ def test_steps_between_two_saves_are_refused(name, monkeypatch):
 # The verb
 
 
+def test_an_overwriting_run_that_dies_at_once_is_not_gone_on_with_as_the_one_it_replaced(
+    whole, store, tmp_path, monkeypatch
+):
+    folder = tmp_path / "again"
+    shutil.copytree(whole, folder)
+
+    def die(self: Pretrainer) -> dict[str, float]:
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(Pretrainer, "take_step", die)
+    with pytest.raises(RuntimeError, match="killed"):
+        pretrain(folder, make_recipe(**SMALL), overwrite=True, tracking_uri=store)
+    assert not (folder / "tiny.safetensors").exists()
+    with pytest.raises(FileNotFoundError, match=r"resume: .*state\.pt does not exist"):
+        pretrain(folder, make_recipe(**SMALL), resume=True, tracking_uri=store)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_any_weights_are_written(store, tmp_path, monkeypatch):
+    def lose(self: Objectives, *_: object) -> dict[str, torch.Tensor]:
+        return {"loss": torch.tensor(torch.nan, requires_grad=True)}
+
+    monkeypatch.setattr(Objectives, "encoder_losses", lose)
+    with pytest.raises(ValueError, match="step 1: the loss is nan"):
+        pretrain(tmp_path, make_recipe(**SMALL), tracking_uri=store)
+    assert not (tmp_path / "tiny.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"temperature": 0}, "temperature: 0 is not above 0"),
+        ({"max_norm": 0}, "max_norm: 0 is not above 0"),
+        ({"warmup": 0}, "warmup: 0 is not above 0"),
+        ({"few_shot": 0, "contrast": 0}, "few_shot, contrast: both are 0"),
+        ({"image_size": 32}, "image_size: 32 pixels are fewer than 8 x 8 places"),  # 32 / 8 = 4 places
+    ],
+)
+def test_a_recipe_that_teaches_nothing_is_refused_by_name(change, said):
+    with pytest.raises(ValueError, match=said):
+        Pretrainer(make_recipe(**{**SMALL, **change}))
+
+
+def test_a_run_resumed_into_another_store_says_which_option_to_change(whole, tmp_path):
+    folder = tmp_path / "moved"
+    shutil.copytree(whole, folder)
+    with pytest.raises(ValueError, match=r"tracking_uri: run .* is not in this store"):
+        pretrain(folder, make_recipe(**SMALL), resume=True, tracking_uri=f"sqlite:///{tmp_path / 'other.db'}")
+
+
 def test_the_verb_writes_weights_that_the_next_training_takes(whole, store, tmp_path, capsys):
     options = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
     arguments = ["pretrain", "--output_dir", str(tmp_path), "--device", "cpu", "--tracking_uri", store, *options]
