@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shlex
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,17 +25,19 @@ SLICE, VOLUME, SERIES = 104, 102, 103  # seeds of three patients more
 SLAB = {"shape": (24, 96, 136), "spacing": (2.5, 2.6, 2.6), "level": 6.0}  # mm, the heights of the pictures
 METHODS = {"blosam": "BLO-SAM", "joint": "joint fine-tuning"}
 MAX_EPOCHS = 40
+FOLDERS = ("data", "train", "joint", "evaluate", "evaluate_joint", "masks")
+FILES = ("mlruns.db", "report.html")
 
 
 def run_demo(output_dir: PathLike, *, overwrite: bool, run: Callable[[list[str]], int]) -> str:
     """Generate data, train on four slices, evaluate, compare with joint fine-tuning, predict, report.
 
-    Written are ``data`` (what is read), ``train`` and ``joint`` (the models), ``evaluate`` and ``evaluate_joint``
-    (their scores), ``masks``, ``mlruns.db`` and ``report.html``.
+    Written are ``FOLDERS``: ``data`` (what is read), ``train`` and ``joint`` (the models), ``evaluate`` and
+    ``evaluate_joint`` (their scores), ``masks``; and ``FILES``.
 
     Args:
         output_dir: folder for everything.
-        overwrite: replace an earlier demo in it.
+        overwrite: remove an earlier demo in it first.
         run: runs the verb that the arguments name, as ``["train", "--output_dir", ...]``, and returns its exit status.
 
     Returns:
@@ -48,11 +52,21 @@ def run_demo(output_dir: PathLike, *, overwrite: bool, run: Callable[[list[str]]
     check_output_dir(root)
     if (root / "data").exists() and not overwrite:
         raise FileExistsError(f"output_dir: {root} holds a demo; choose another folder or add --overwrite true.")
+    if (root / "data" / "new_labels").is_dir():  # a demo's, and no folder of the user's own
+        _remove(root)
     write_data(root / "data")
     for arguments in commands(root):
-        if status := run([*arguments, "--overwrite", "true"] if overwrite else arguments):
+        if status := run(arguments):
             raise SystemExit(status)
     return summarise(root)
+
+
+def _remove(root: Path) -> None:
+    for name in FOLDERS:
+        if (root / name).is_dir():
+            shutil.rmtree(root / name)
+    for name in FILES:
+        (root / name).unlink(missing_ok=True)
 
 
 def write_data(folder: Path) -> None:
@@ -111,7 +125,7 @@ def summarise(root: Path) -> str:
         f"pictures of them: {root / 'masks' / 'overlays'}",
         "",
         "Look further:",
-        f"  mlflow ui --backend-store-uri {_store(root)}",
+        f"  mlflow ui --backend-store-uri {shlex.quote(_store(root))}",
         f"  python -m webbrowser {(root / 'report.html').resolve().as_uri()}",
         "  blosam datalist --images IMAGES --labels LABELS --n_shot 4 --output my_list.json"
         " && blosam train --data_list my_list.json --output_dir my_run",

@@ -1,16 +1,20 @@
-"""The curves of a training as SVG, for a page that gives them its colours and its font."""
+"""What the report shows: curves as SVG that take the page's colours and font, and pictures made small."""
 
 from __future__ import annotations
 
+import base64
 import io
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from PIL import Image
 
+PICTURE_SIDE = 320  # pixels
 MAX_CURVES = 6  # tasks with a picture of their own
 LINES = {  # section -> name in the legend, colour in the style sheet, stroke
     "lower": ("D1 (lower)", "var(--d1)", "-"),
@@ -50,15 +54,22 @@ def _figure(
     legend = [(lines[key][0], lines[key][1], lines[key][2] != "-") for key in series]
     last = {lines[key][0]: points[1][-1] for key, points in series.items()}
     said = f"Last epoch: {', '.join(f'{key} {value:.3f}' for key, value in last.items())}."
-    if of_dice and len(last) > 1:
-        first, *_, other = last
+    ends = [key for key in series if of_dice and key.startswith(("lower", "validation"))]
+    gap = ends if len(ends) == 2 else []  # the upper set is trained on too
+    if gap:
+        first, other = (lines[key][0] for key in gap)
         said += f" Gap from {first} to {other}: {last[first] - last[other]:.3f}."
-    svg = _svg(series, lines, salt=f"{name} {title}", of_dice=of_dice)
+    svg = _svg(series, lines, gap, salt=f"{name} {title}", of_dice=of_dice)
     return {"title": title, "legend": legend, "said": said, "svg": svg}
 
 
-def _svg(series: Mapping[str, Any], lines: Mapping[str, Any], *, salt: str, of_dice: bool) -> Markup:
-    """An SVG without a colour or a font of its own: the style sheet gives them, in light and in dark."""
+def _svg(
+    series: Mapping[str, Any], lines: Mapping[str, Any], gap: Sequence[str], *, salt: str, of_dice: bool
+) -> Markup:
+    """An SVG without a colour or a font of its own: the style sheet gives them, in light and in dark.
+
+    ``gap``: the two series between which it is shaded, if any.
+    """
     stand_in = {"currentColor": "#0a0a01", **{line[1]: f"#0a0b{i:02x}" for i, line in enumerate(lines.values())}}
     text = stand_in["currentColor"]
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 10.5, "text.color": text}):
@@ -66,8 +77,8 @@ def _svg(series: Mapping[str, Any], lines: Mapping[str, Any], *, salt: str, of_d
         axes = figure.add_subplot()
         for key, (epochs, values) in series.items():
             axes.plot(epochs, values, color=stand_in[lines[key][1]], linestyle=lines[key][2], linewidth=1.8)
-        if of_dice and len(series) > 1:  # the gap
-            (epochs, first), *_, (_, other) = series.values()
+        if gap:
+            (epochs, first), (_, other) = (series[key] for key in gap)
             axes.fill_between(epochs, first, other, color=text, alpha=0.07, linewidth=0)
         axes.set_xlabel("epoch", color=text)
         axes.spines[["top", "right", "left"]].set_visible(False)
@@ -87,3 +98,14 @@ def _svg(series: Mapping[str, Any], lines: Mapping[str, Any], *, salt: str, of_d
     for colour, hexadecimal in stand_in.items():
         svg = svg.replace(hexadecimal, colour)
     return Markup(svg)  # of numbers only
+
+
+def shrink(path: Path) -> dict[str, Any]:
+    """A picture of at most ``PICTURE_SIDE`` pixels as a data URI, ``uri``, with its ``width`` and ``height``."""
+    with Image.open(path) as image:
+        small = image.convert("RGB")
+    small.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    file = io.BytesIO()
+    small.save(file, format="JPEG", quality=85, subsampling=0)  # coloured lines stay sharp
+    data = base64.b64encode(file.getvalue()).decode("ascii")
+    return {"uri": f"data:image/jpeg;base64,{data}", "width": small.width, "height": small.height}

@@ -21,9 +21,9 @@ from tqdm import tqdm
 from blosam_monai.data.readers import case_stem
 from blosam_monai.data.writers.pictures import write_overlay
 from blosam_monai.engines.bilevel_trainer import UPPER_LOSS
-from blosam_monai.engines.case_evaluator import FAILED, CaseEvents
+from blosam_monai.engines.case_evaluator import FAILED, KEPT, CaseEvents
 from blosam_monai.errors import one_line, without_names
-from blosam_monai.files import PathLike, atomic, case_hash
+from blosam_monai.files import PathLike, atomic, case_hash, file_sha256
 from blosam_monai.metrics import TABLES, case_scores, write_rows, write_table
 from blosam_monai.networks.adapters import save_adapters
 from blosam_monai.networks.prompt_sam import PromptSam
@@ -51,6 +51,18 @@ def task_means(engine: Engine, metric: str) -> Tensor:
     return torch.as_tensor(engine.state.metric_details[metric]).nanmean(dim=0).cpu()
 
 
+def clear_training(output_dir: PathLike, ckpt_dir: PathLike) -> None:
+    """Remove the model and the results of a training that is replaced, lest they be taken for those of the next."""
+    _clear(Path(output_dir), [*TABLES, CURVES])
+    _clear(Path(ckpt_dir), ["model.safetensors", "model.json"])
+
+
+def _clear(folder: Path, names: Sequence[str]) -> None:
+    """Remove these files, and the overlays."""
+    for path in (*(folder / name for name in names), *(folder / "overlays").glob("*.png")):
+        path.unlink(missing_ok=True)
+
+
 class CaseTableHandler:
     """Score every case of an evaluator on its own grid; overlays as it goes, the tables at the end.
 
@@ -61,6 +73,7 @@ class CaseTableHandler:
         nsd_tolerance: mm, or pixels where the image has no spacing, see ``case_scores``.
         overlays: write prediction and label over each image (of a volume, the slice with most of both).
         overwrite: replace an earlier table.
+        model: file of the adapters, where their hash is not yet among the settings: the summary says it.
     """
 
     def __init__(
@@ -72,8 +85,9 @@ class CaseTableHandler:
         nsd_tolerance: float = 2.0,
         overlays: bool = True,
         overwrite: bool = False,
+        model: PathLike | None = None,
     ) -> None:
-        self.output_dir, self.tasks, self.overlays = Path(output_dir), list(tasks), overlays
+        self.output_dir, self.tasks, self.overlays, self.model = Path(output_dir), list(tasks), overlays, model
         if (self.output_dir / "cases.csv").exists() and not overwrite:
             raise FileExistsError(f"output_dir: {output_dir} holds scores; choose another or add overwrite=true.")
         self.settings = {**settings, "nsd_tolerance": nsd_tolerance}
@@ -91,8 +105,7 @@ class CaseTableHandler:
         """Forget the cases of an earlier run; what it wrote goes, lest it be taken for what this one could not."""
         self.rows.clear()
         self._case_of.clear()
-        for path in (*(self.output_dir / name for name in TABLES), *(self.output_dir / "overlays").glob("*.png")):
-            path.unlink(missing_ok=True)
+        _clear(self.output_dir, TABLES)
 
     def score(self, engine: Engine) -> None:
         """Score the cases of this iteration; predictions are binary, (T, H, W) or (T, D, H, W)."""
@@ -126,7 +139,9 @@ class CaseTableHandler:
         if not self.rows:
             return  # every case failed; the manifest says why
         failed = sum(case.status == FAILED for case in getattr(engine, "cases", ()))
-        summary = write_table(self.output_dir, self.rows, {**self.settings, "failed_cases": failed})
+        hashed = {} if self.model is None else {"model_sha256": file_sha256(self.model)}
+        summary = write_table(self.output_dir, self.rows, {**self.settings, **hashed, "failed_cases": failed})
+        self._warn_of_supports()
         units = " and ".join(sorted({row["unit"] for row in self.rows}))
         for section, by_task in summary.items():
             for task in self.tasks:
@@ -136,6 +151,12 @@ class CaseTableHandler:
                     *(section, task, numbers["dice_mean"], numbers["dice_sd"], numbers["hd95_mean"], units),
                     *(numbers["nsd_mean"], numbers["cases"], numbers["empty_labels"]),
                 )
+
+    def _warn_of_supports(self) -> None:
+        supports = {identity[:12] for identity in self.settings.get("supports", ())}  # images, whichever slice of them
+        rows = [row for row in self.rows if row["section"] in ("validation", "testing")]
+        if trained_on := {row["case"] for row in rows if row["case_id"][:12] in supports}:
+            logger.warning("%d of the cases were trained on: the scores may be too high", len(trained_on))
 
     def _name(self, item: Mapping[str, Any], identity: str) -> str:
         """What the table calls a case: stem and slice, and the hash where another image has the same."""
@@ -163,13 +184,21 @@ class ManifestHandler:
     Args:
         output_dir: folder of the manifest.
         log_paths: also the paths of image and outputs, and errors as they were said on the terminal.
-        model: what every line says of the model, since a later run may have another: see ``describe_model``.
+        model: what a line says of the model, since a later run may have another: see ``describe_model``. A result that
+            was kept is of the model in the line that says it was written; its own line names none.
+        section: of an evaluation; every line says it.
     """
 
     def __init__(
-        self, output_dir: PathLike, *, log_paths: bool = False, model: Mapping[str, Any] | None = None
+        self,
+        output_dir: PathLike,
+        *,
+        log_paths: bool = False,
+        model: Mapping[str, Any] | None = None,
+        section: str | None = None,
     ) -> None:
         self.path, self.log_paths, self.model = Path(output_dir) / MANIFEST, log_paths, dict(model or {})
+        self.section = {} if section is None else {"section": section}
 
     def attach(self, engine: Engine) -> None:
         """Attach to a ``CaseEvaluator``."""
@@ -191,7 +220,8 @@ class ManifestHandler:
                 for output in case.outputs
             ],
             "notes": list(case.notes),
-            **self.model,
+            **({} if case.status == KEPT else self.model),
+            **self.section,
         }
         if case.error is not None:
             text = one_line(case.error)

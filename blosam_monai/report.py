@@ -6,13 +6,13 @@ loads nothing from anywhere.
 
 from __future__ import annotations
 
-import base64
 import csv
 import hashlib
-import io
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import groupby
@@ -21,20 +21,24 @@ from statistics import fmean
 from typing import Any
 
 import jinja2
-from PIL import Image
 
 from blosam_monai import __version__
 from blosam_monai.data.writers.pictures import COLOURS
-from blosam_monai.figures import MAX_CURVES, draw_curves
-from blosam_monai.files import PathLike, atomic, file_sha256
+from blosam_monai.figures import MAX_CURVES, draw_curves, shrink
+from blosam_monai.files import PathLike, atomic
 
 logger = logging.getLogger(__name__)
 
 MAX_PICTURES = 60  # of one folder's cases, the worst ones
-PICTURE_SIDE = 320  # pixels
 HELD_OUT = {"testing": "not used in training", "validation": "not trained on, watched during training"}
 TRAINED_ON = {"upper": "upper set D2, part of the training", "lower": "lower set D1, part of the training"}
+HOW_TRAINED = {
+    "blosam": "D1, the lower set, trains the decoder; D2, the upper set, trains the prompt",
+    "swap": "D1, the lower set, trains the prompt; D2, the upper set, trains the decoder",
+    "joint": "Joint fine-tuning: all of them train everything",
+}
 _UNITS = {"pixel": "px"}
+_SCORES = ("dice_mean", "dice_low", "dice_high", "iou_mean", "hd95_mean", "nsd_mean", "volume_error_ml_mean")
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,12 @@ class Run:
         folder: where it is.
         kind: ``training``, ``evaluation`` or ``prediction``.
         settings: as its tables say them.
-        scores: section -> task -> numbers; none for a prediction.
+        scores: section -> task -> numbers; none for a prediction, nor where every case failed.
         rows: an entry for each case and task, with ``section``.
         curves: a line an epoch, of a training.
         cases: lines of the last run in its manifest.
-        outputs: ``case_id`` -> hashes of the names of its files, of all runs in its manifest.
-        model: SHA-256 of the model.
+        outputs: ``case_id`` -> hash of the name of each of its files -> model that wrote it, by all of the manifest.
+        model: SHA-256 of the model; of a prediction, of the last one that wrote.
     """
 
     folder: Path
@@ -60,7 +64,7 @@ class Run:
     rows: Sequence[Mapping[str, Any]]
     curves: Sequence[Mapping[str, float]]
     cases: Sequence[Mapping[str, Any]]
-    outputs: Mapping[str, set[str]]
+    outputs: Mapping[str, Mapping[str, str]]
     model: str
 
 
@@ -89,10 +93,10 @@ def write_report(
     if path.exists() and not overwrite:
         raise FileExistsError(f"output: {path} exists; choose another, or add overwrite=true.")
     runs = [collect(folder) for folder in folders]
-    described = [
-        describe(run, titles, overlays=overlays, log_paths=log_paths)
-        for run, titles in zip(runs, _titles(runs), strict=True)
-    ]
+    described, subjects = [], dict[str, str]()
+    for run, titles in zip(runs, _titles(runs), strict=True):
+        with _tables_of(run.folder):
+            described.append(describe(run, titles, subjects, overlays=overlays, log_paths=log_paths))
     page = render(described)
     with atomic(path) as part:
         part.write_text(page, encoding="utf-8")
@@ -107,33 +111,42 @@ def collect(folder: PathLike) -> Run:
         ValueError: it has none, or one is damaged.
     """
     folder = Path(folder)
-    lines = list(_manifest_lines(folder / "manifest.jsonl"))
-    starts = [i for i, line in enumerate(lines) if line["number"] == 1]
-    outputs: dict[str, set[str]] = {}
-    for line in lines:
-        outputs.setdefault(line["case_id"], set()).update(output["name_id"] for output in line["outputs"])
-    kind, settings, scores, rows, curves = "prediction", _settings_of(lines), {}, [], []
-    if (folder / "summary.json").is_file():
-        summary = _read_json(folder / "summary.json")
-        settings, scores = summary["settings"], summary["scores"]
-        kind = "evaluation" if "section" in settings else "training"
-        rows = _read_json(folder / "cases.json")
-        curves = _read_curves(folder / "curves.csv") if kind == "training" else []
-    elif not lines:
+    if not any((folder / name).is_file() for name in ("summary.json", "manifest.jsonl")):
         raise ValueError(
             f"run: {folder} has no summary.json and no manifest.jsonl; give the output_dir of a training that has "
             "ended, of an evaluation or of a prediction."
         )
-    file = folder / "models" / "model.safetensors"
-    model = settings.get("model_sha256") or (file_sha256(file) if file.is_file() else "")
-    return Run(folder, kind, settings, scores, rows, curves, lines[starts[-1] :] if starts else lines, outputs, model)
+    with _tables_of(folder):
+        lines = list(_manifest_lines(folder / "manifest.jsonl"))
+        starts = [i for i, line in enumerate(lines) if line["number"] == 1]
+        cases = lines[starts[-1] :] if starts else lines
+        outputs: dict[str, dict[str, str]] = {}
+        for line in lines:
+            made = {output["name_id"]: line.get("model_sha256", "") for output in line["outputs"]}
+            outputs.setdefault(line["case_id"], {}).update(made)
+        scored = (folder / "summary.json").is_file()
+        settings, scores, rows = _scores_in(folder) if scored else (_settings_of(lines, cases), {}, [])
+        kind = "evaluation" if "section" in settings else "training" if scored else "prediction"
+        curves = _read_curves(folder / "curves.csv") if kind == "training" else []
+        return Run(folder, kind, settings, scores, rows, curves, cases, outputs, settings.get("model_sha256", ""))
 
 
-def _read_json(path: Path) -> Any:
+@contextmanager
+def _tables_of(folder: Path) -> Iterator[None]:
+    """Say in one line that what was found in a folder is not what was looked for."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: is missing or damaged ({type(error).__name__}); run it again.") from error
+        yield
+    except (AttributeError, LookupError, OSError, TypeError, ValueError, csv.Error) as error:
+        raise ValueError(
+            f"run: {folder}: its tables are damaged or of another version ({type(error).__name__}: {error}); "
+            "run it again."
+        ) from error
+
+
+def _scores_in(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+    """Settings, scores and rows."""
+    summary, rows = (json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("summary", "cases"))
+    return dict(summary["settings"]), dict(summary["scores"]), list(rows)
 
 
 def _manifest_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -144,10 +157,12 @@ def _manifest_lines(path: Path) -> Iterator[dict[str, Any]]:
             logger.warning("a torn line of manifest.jsonl is left out")
 
 
-def _settings_of(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the last line of a manifest says of the model."""
-    known = ("sam_model", "sam_weights", "model_sha256", "blosam_monai_version")
-    return {name: lines[-1][name] for name in known if lines and name in lines[-1]}
+def _settings_of(lines: Sequence[Mapping[str, Any]], cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a manifest says: of an evaluation its last line, of a prediction the last that tells of a written file."""
+    known = ("section", "sam_model", "sam_weights", "model_sha256", "blosam_monai_version")
+    written = [line for line in lines if line["outputs"]]
+    last = cases[-1] if "section" in cases[-1] or not written else written[-1]
+    return {name: last[name] for name in known if name in last}
 
 
 def _read_curves(path: Path) -> list[dict[str, float]]:
@@ -170,65 +185,82 @@ def _titles(runs: Sequence[Run]) -> list[dict[str, str]]:
         for method, own in alike.items()
         for number, key in enumerate(own, start=1)
     }
+    kinds = [f"Evaluation ({r.settings['section']})" if r.kind == "evaluation" else r.kind.capitalize() for r in runs]
+    repeats, seen = Counter(zip(kinds, keys, strict=True)), Counter[tuple[str, str]]()
     titles = []
-    for key, run in zip(keys, runs, strict=True):
-        kind = f"Evaluation ({run.settings['section']})" if run.kind == "evaluation" else run.kind.capitalize()
-        titles.append({"model": model_of[key], "run": f"{kind}: {model_of[key]}"})
+    for kind, key in zip(kinds, keys, strict=True):
+        seen[kind, key] += 1
+        number = f" {seen[kind, key]}" if repeats[kind, key] > 1 else ""
+        titles.append({"model": model_of[key], "run": f"{kind}{number}: {model_of[key]}"})
     return titles
 
 
-def describe(run: Run, titles: Mapping[str, str], *, overlays: bool, log_paths: bool) -> dict[str, Any]:
-    """What the template shows of a run."""
-    tasks = run.settings.get("tasks", [])
+def describe(
+    run: Run, titles: Mapping[str, str], subjects: dict[str, str], *, overlays: bool, log_paths: bool
+) -> dict[str, Any]:
+    """What the template shows of a run. ``subjects``: name -> number of those on the page so far; more are added."""
+    tasks = list(run.settings["tasks"]) if run.scores else []
     pictures = sorted((run.folder / "overlays").glob("*.png")) if overlays else []
-    cases = _scored_cases(run, {path.stem: path for path in pictures}, log_paths=log_paths)
+    cases = _scored_cases(run, tasks, {path.stem: path for path in pictures}, subjects, log_paths=log_paths)
+    trained_on = Counter(case["section"] for case in cases if case["trained_on"])
     failed = [line for line in run.cases if line["status"] == "failed"]
-    return {
+    described = {
         **titles,
         "kind": run.kind,
         "folder": str(run.folder) if log_paths else None,
         "settings": {**run.settings, "model_sha256": run.model},
         "tasks": tasks,
         "colours": [f"rgb{tuple(int(v) for v in COLOURS[t % len(COLOURS)])}" for t in range(len(tasks))],
-        "summary": list(_summary_lines(run, titles["model"], tasks)),
+        "summary": [line | dict(titles) for line in _summary_lines(run, tasks, trained_on)],
         "supports": [case for case in cases if case["support"]],
         "cases": [case for case in cases if not case["support"]],
+        "trained_on": trained_on.total(),
         "subjects_repeat": len({case["subject"] for case in cases}) < len(cases),
         "predicted": _predicted_cases(run, pictures, log_paths=log_paths) if run.kind == "prediction" else [],
+        "models": sorted({model for models in run.outputs.values() for model in models.values()}),
         "failed": [_failure(line, log_paths=log_paths) for line in failed],
         "n_failed": run.settings.get("failed_cases", len(failed)),
         "has_pictures": bool(pictures),
         "overlays": overlays,
-        "figures": draw_curves(run.curves, tasks, name=titles["model"]),
+        "figures": draw_curves(run.curves, tasks, name=titles["run"]),
         "held_out": any(name.startswith("validation_") for row in run.curves for name in row),
     }
+    if run.kind == "training":
+        described |= {name: run.settings[name] for name in ("n_shot", "crossfit")}
+        described["how_trained"] = HOW_TRAINED[run.settings["method"]]
+    return described
 
 
-def _summary_lines(run: Run, model: str, tasks: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _summary_lines(run: Run, tasks: Sequence[str], trained_on: Mapping[str, int]) -> Iterator[dict[str, Any]]:
     units = sorted({_UNITS.get(row["unit"], row["unit"]) for row in run.rows})
     for section in run.scores:
         for task in tasks if len(tasks) == 1 else [*tasks, "all"]:
             numbers = run.scores[section][task]
-            line = {"section": section, "task": task, "overall": task == "all" or len(tasks) == 1, "model": model}
-            yield line | {"unit": " and ".join(units)} | numbers
+            scores = {name: None if numbers[name] is None else float(numbers[name]) for name in _SCORES}
+            line = {"section": section, "task": task, "overall": task == "all" or len(tasks) == 1}
+            yield numbers | scores | line | {"unit": " and ".join(units), "trained_on": trained_on[section]}
 
 
-def _scored_cases(run: Run, pictures: Mapping[str, Path], *, log_paths: bool) -> list[dict[str, Any]]:
+def _scored_cases(
+    run: Run, tasks: Sequence[str], pictures: Mapping[str, Path], subjects: dict[str, str], *, log_paths: bool
+) -> list[dict[str, Any]]:
     """The cases of all sections, worst mean Dice first; pictures of the worst ones and of all supports."""
-    subjects = {name: f"subject {n}" for n, name in enumerate(dict.fromkeys(row["subject"] for row in run.rows), 1)}
+    supports = {case_id[:12] for case_id in run.settings.get("supports", ())}  # images, whichever slice of them
     cases = []
     for name, group in groupby(run.rows, key=lambda row: row["case"]):
         rows = list(group)
-        first = rows[0]
+        first, dice = rows[0], {row["task"]: row["dice"] for row in rows}
+        subject = subjects.setdefault(first["subject"], f"subject {len(subjects) + 1}")
         cases.append(
             {
                 "name": name if log_paths else first["case_id"],
-                "subject": first["subject"] if log_paths else subjects[first["subject"]],
+                "subject": first["subject"] if log_paths else subject,
                 "section": first["section"],
                 "support": run.kind == "training" and first["section"] in TRAINED_ON,
+                "trained_on": first["section"] in HELD_OUT and first["case_id"][:12] in supports,
                 "unit": _UNITS.get(first["unit"], first["unit"]),
                 **{score: _mean(row[score] for row in rows) for score in ("dice", "hd95", "nsd")},
-                "by_task": {row["task"]: row["dice"] for row in rows},
+                "by_task": {task: dice[task] for task in tasks},
                 "flags": [
                     f"{row['task']}: {what} empty"
                     for row in rows
@@ -238,12 +270,12 @@ def _scored_cases(run: Run, pictures: Mapping[str, Path], *, log_paths: bool) ->
                 "path": pictures.get(name),
             }
         )
-    cases.sort(key=lambda case: (case["dice"] is not None, case["dice"]))
+    cases.sort(key=lambda case: (case["dice"] is not None, case["dice"] or 0.0))
     shown = 0
     for case in cases:
         shown += not case["support"]
         path = case.pop("path")
-        case["picture"] = _picture(path) if path and shown <= MAX_PICTURES else None
+        case["picture"] = shrink(path) if path and (case["support"] or shown <= MAX_PICTURES) else None
     return cases
 
 
@@ -257,14 +289,16 @@ def _predicted_cases(run: Run, pictures: Sequence[Path], *, log_paths: bool) -> 
     by_name_id = {hashlib.sha256(path.name.encode()).hexdigest()[:12]: path for path in pictures}
     cases: list[dict[str, Any]] = []
     for line in sorted(run.cases, key=lambda line: line["status"] != "failed"):
-        own = sorted(run.outputs[line["case_id"]] & by_name_id.keys())
+        models = run.outputs[line["case_id"]]
+        own = sorted(models.keys() & by_name_id.keys())
+        others = [f"by model {model[:12]}" for model in sorted({*models.values()} - {run.model})]
         cases.append(
             {
                 "name": Path(line["image"]).name if log_paths and "image" in line else line["case_id"] or "unreadable",
                 "status": line["status"],
-                "seconds": line["seconds"],
-                "notes": line["notes"],
-                "picture": _picture(by_name_id[own[0]]) if own and len(cases) < MAX_PICTURES else None,
+                "seconds": float(line["seconds"]),
+                "notes": [*line["notes"], *others],
+                "picture": shrink(by_name_id[own[0]]) if own and len(cases) < MAX_PICTURES else None,
             }
         )
     return cases
@@ -276,17 +310,6 @@ def _failure(line: Mapping[str, Any], *, log_paths: bool) -> str:
     return f"case {line['number']} ({line['case_id'] or 'unreadable'}): {said}"
 
 
-def _picture(path: Path) -> dict[str, Any]:
-    """A picture made small, as a data URI."""
-    with Image.open(path) as image:
-        small = image.convert("RGB")
-    small.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-    file = io.BytesIO()
-    small.save(file, format="JPEG", quality=85, subsampling=0)  # coloured lines stay sharp
-    data = base64.b64encode(file.getvalue()).decode("ascii")
-    return {"uri": f"data:image/jpeg;base64,{data}", "width": small.width, "height": small.height}
-
-
 def render(runs: Sequence[Mapping[str, Any]]) -> str:
     """The page. Every text is escaped."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
@@ -295,6 +318,11 @@ def render(runs: Sequence[Mapping[str, Any]]) -> str:
     )
     environment.filters |= {"number": _number, "shown": _shown}
     lines = [line for run in runs for line in run["summary"]]
+    alike = Counter((line["model"], line["section"], line["task"]) for line in lines)
+    lines = [
+        line | {"model": line["run"]} if alike[line["model"], line["section"], line["task"]] > 1 else line
+        for line in lines
+    ]
     held_out, trained_on = (_by_section(lines, sections) for sections in (HELD_OUT, TRAINED_ON))
     return environment.get_template("report.html.j2").render(
         runs=runs,
@@ -322,11 +350,8 @@ def _by_section(lines: Sequence[dict[str, Any]], sections: Iterable[str]) -> dic
 
 def _side_by_side(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[str, list[str | None], bool]]]:
     """Group -> setting, its value in each run, and whether they differ."""
-    groups: dict[str, list[tuple[str, list[str | None], bool]]] = {
-        "Settings": [],
-        "Hashes": [],
-        "Versions, machine": [],
-    }
+    groups: dict[str, list[tuple[str, list[str | None], bool]]]
+    groups = {"Settings": [], "Hashes": [], "Versions, machine": []}
     for name in dict.fromkeys(name for of_run in settings for name in of_run):
         values = [_shown(of_run[name]) if name in of_run else None for of_run in settings]
         group = "Settings"

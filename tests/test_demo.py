@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import re
+import shlex
 from pathlib import Path
 from statistics import fmean
 
@@ -18,7 +19,7 @@ import pytest
 from blosam_monai.__main__ import _build_parser, main
 from blosam_monai.data.phantoms import abdominal_ct
 from blosam_monai.data.readers import read_image, read_label
-from blosam_monai.demo import SLAB, commands, run_demo, write_data
+from blosam_monai.demo import FILES, FOLDERS, SLAB, commands, run_demo, summarise, write_data
 
 TASKS = ("liver", "spleen", "kidneys")
 
@@ -127,6 +128,43 @@ def test_a_second_demo_into_the_same_folder_is_refused_and_nothing_is_run(demo):
     root, _ = demo
     with pytest.raises(FileExistsError, match="holds a demo; choose another folder or add --overwrite true"):
         run_demo(root, overwrite=False, run=lambda arguments: pytest.fail("a verb was run"))
+
+
+def with_a_file_each(root: Path) -> Path:
+    """A folder with all that a demo writes, and a file of the user's own."""
+    for name in (*(f"{folder}/old" for folder in FOLDERS), *FILES, "mine.txt"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("old")
+    return root
+
+
+def files_at_the_first_verb(root: Path) -> set[str]:
+    """Files that an overwriting demo has kept, of those that it has not written itself."""
+    with pytest.raises(SystemExit):
+        run_demo(root, overwrite=True, run=lambda arguments: 1)
+    return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file() and path.read_bytes() == b"old"}
+
+
+def test_overwriting_removes_all_of_the_former_demo_and_nothing_else(tmp_path):
+    (with_a_file_each(tmp_path) / "data" / "new_labels").mkdir()
+    assert files_at_the_first_verb(tmp_path) == {"mine.txt"}
+
+
+def test_what_no_demo_has_written_is_never_removed(tmp_path):
+    with_a_file_each(tmp_path)
+    assert files_at_the_first_verb(tmp_path) == {*(f"{folder}/old" for folder in FOLDERS), *FILES, "mine.txt"}
+
+
+def test_the_commands_at_the_end_stand_a_folder_with_a_space(tmp_path):
+    root = tmp_path / "my demo"
+    numbers = {"dice_mean": 0.5, "dice_low": 0.5, "dice_high": 0.5, "cases": 10}
+    summary = {"scores": {"testing": {"liver": numbers}}, "settings": {"sam_weights": "random"}}
+    for folder in ("evaluate", "evaluate_joint"):
+        (root / folder).mkdir(parents=True)
+        (root / folder / "summary.json").write_text(json.dumps(summary))
+    further = summarise(root).split("Look further:\n")[1].splitlines()
+    assert shlex.split(further[0])[-1] == f"sqlite:///{root / 'mlruns.db'}"
+    assert len(shlex.split(further[1])) == 4
 
 
 def test_a_verb_that_fails_ends_the_demo_with_its_status(tmp_path):

@@ -60,3 +60,13 @@ def test_the_first_tasks_have_a_picture():
 
 def test_without_curves_there_is_no_picture():
     assert draw_curves([], ["lung"], name="x") == []
+
+
+VALIDATED = [line | {"validation_dice/lung": 0.25} if "upper_dice/lung" in line else line for line in CURVES]
+
+
+@pytest.mark.parametrize(("curves", "shaded"), [(CURVES, False), (VALIDATED, True)])
+def test_only_the_gap_to_held_out_images_is_shaded_and_said(curves, shaded):
+    _, dice = draw_curves(curves, ["lung"], name="x")
+    assert ("opacity: 0.07" in dice["svg"]) == shaded
+    assert ("Gap from D1 (lower) to held-out: 0.750." in dice["said"]) == ("Gap" in dice["said"]) == shaded

@@ -1,10 +1,13 @@
 """The best adapters of each task, and a training that goes on where it was stopped."""
 
 import csv
+import hashlib
 import json
+import logging
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +18,11 @@ from torch.utils.data import DataLoader
 
 from blosam_monai.__main__ import main
 from blosam_monai.engines.bilevel_trainer import prepare_embedding_batch
-from blosam_monai.handlers import BestAdapters, CurvesHandler, TrainingState
+from blosam_monai.engines.case_evaluator import DONE, FAILED, KEPT, Case
+from blosam_monai.handlers import BestAdapters, CaseTableHandler, CurvesHandler, ManifestHandler, TrainingState
 from blosam_monai.networks.adapters import read_adapters
 from blosam_monai.networks.prompt_sam import PromptSam
+from blosam_monai.report import collect
 
 
 @pytest.fixture
@@ -230,6 +235,40 @@ def test_an_interrupted_training_leaves_the_curves_to_its_last_measurement(tmp_p
     assert (tmp_path / "curves.csv").read_text().splitlines()[-1].startswith("2,0.35,1.0,")
 
 
+def manifest_of(folder: Path, status: str, **options: object) -> dict:
+    """The line of one case of this status."""
+    handler = ManifestHandler(folder, model={"model_sha256": "ab"}, **options)
+    handler.note(SimpleNamespace(cases=[Case(1, {"image": folder / "gone.png"}, status, 0.5)]))
+    return json.loads((folder / "manifest.jsonl").read_text())
+
+
+@pytest.mark.parametrize(("status", "model"), [(DONE, "ab"), (FAILED, "ab"), (KEPT, None)])
+def test_the_line_of_a_kept_result_does_not_claim_it_for_the_present_model(tmp_path, status, model):
+    assert manifest_of(tmp_path, status).get("model_sha256") == model
+
+
+def test_the_lines_of_an_evaluation_say_its_section(tmp_path):
+    assert manifest_of(tmp_path, FAILED, section="testing")["section"] == "testing"
+
+
+@pytest.mark.parametrize(
+    ("section", "supports", "said"),
+    [
+        ("testing", ["0123456789ab_slice004"], ["1 of the cases were trained on: the scores may be too high"]),
+        ("testing", ["ba9876543210"], []),
+        ("upper", ["0123456789ab"], []),
+    ],
+)
+def test_scores_of_cases_that_were_trained_on_are_warned_of(tmp_path, caplog, section, supports, said):
+    table = CaseTableHandler(tmp_path, ["lung"], {"supports": supports})
+    scores = dict.fromkeys(("dice", "iou", "hd95", "nsd", "volume_error_ml"), 0.5)
+    case = {"case": "x", "case_id": "0123456789ab", "subject": "x", "section": section, "task": "lung", "unit": "mm"}
+    table.rows.append(case | scores | {"label_empty": 0, "pred_empty": 0})
+    with caplog.at_level(logging.WARNING):
+        table.write(Engine(lambda engine, batch: None))
+    assert [record.getMessage() for record in caplog.records] == said
+
+
 RUNS = {
     "validation": {"selection": "validation", "hypergradient": "first_order"},
     "crossfit": {"selection": "last", "crossfit": "true"},
@@ -405,6 +444,29 @@ def test_a_second_training_into_the_same_folder_is_refused_and_nothing_is_touche
 def test_overwrite_replaces_an_earlier_training(finished, done, phantoms):
     assert train(phantoms, done, **finished[1], overwrite="true", max_epochs=1) == 0
     assert torch.load(done / "models" / "state.pt", weights_only=True)["epoch"] == 1
+
+
+@one_training
+def test_a_training_that_replaces_another_and_is_stopped_leaves_nothing_of_the_former(
+    finished, done, phantoms, monkeypatch
+):
+    assert list((done / "overlays").glob("*.png"))
+    stop_after(monkeypatch, 1)
+    with pytest.raises(RuntimeError):
+        train(phantoms, done, **finished[1], overwrite="true", val_interval=2)
+    assert [name for name in files_of(done) if not name.startswith("mlruns")] == []
+    with pytest.raises(ValueError, match="give the output_dir of a training that has ended"):
+        collect(done)
+
+
+@one_training
+def test_the_summary_says_the_hash_of_the_model_wherever_it_is_kept(finished, done, phantoms, tmp_path):
+    """A resumed training that is done only scores: its state and its model are in another folder now."""
+    (done / "models").rename(tmp_path / "elsewhere")
+    assert train(phantoms, done, **finished[1], ckpt_dir=tmp_path / "elsewhere", resume="true") == 0
+    model = (tmp_path / "elsewhere" / "model.safetensors").read_bytes()
+    settings = json.loads((done / "summary.json").read_text(encoding="utf-8"))["settings"]
+    assert settings["model_sha256"] == hashlib.sha256(model).hexdigest()
 
 
 def test_selection_by_validation_without_a_validation_set_is_refused_before_anything_is_written(

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ SETTINGS = {
     **{"tasks": ["lung", "heart"], "method": "blosam", "n_shot": 2, "crossfit": False, "sam_model": "tiny"},
     **{"sam_weights": "random", "data_list_name": "films", "torch_version": "2.13.0"},
 }
+MODEL = {"model_sha256": "ab" * 32, "sam_model": "vit_b", "sam_weights": "ec" * 32, "blosam_monai_version": "0.1.0"}
 
 
 def case_id(name: str) -> str:
@@ -110,16 +112,25 @@ def prediction(tmp_path) -> Path:
     folder = tmp_path / "prediction"
     folder.mkdir()
     write_pictures(folder, ["x"])
-    name_id = hashlib.sha256(b"x.png").hexdigest()[:12]
-    model = {"model_sha256": "ab" * 32, "sam_model": "vit_b", "sam_weights": "ec" * 32, "blosam_monai_version": "0.1.0"}
-    output = {"content": "overlay", "format": "picture", "task": None, "name_id": name_id}
-    done = {"number": 1, "case_id": case_id("x"), "status": "done", "seconds": 0.25, "outputs": [output], "notes": []}
-    failed = {
-        **{"number": 2, "case_id": case_id("y"), "status": "failed", "seconds": 0.5, "outputs": [], "notes": []},
-        **{"error": f"/data/{PATIENT}.png: is damaged", "image": f"/data/{PATIENT}.png"},
-    }
-    lines = [json.dumps(line | model) for line in (done, failed)]
-    (folder / "manifest.jsonl").write_text("\n".join(lines) + '\n{"torn')
+    failed = {"error": f"/data/{PATIENT}.png: is damaged", "image": f"/data/{PATIENT}.png"}
+    lines = [manifest_line(1, "x", "done", ["x.png"], **MODEL), manifest_line(2, "y", "failed", **failed, **MODEL)]
+    (folder / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"torn')
+    return folder
+
+
+def manifest_line(number: int, name: str, status: str, files: Sequence[str] = (), **more: Any) -> dict[str, Any]:
+    """A line of a manifest; ``files`` are the overlays that it wrote."""
+    fixed = {"content": "overlay", "format": "picture", "task": None}
+    outputs = [fixed | {"name_id": hashlib.sha256(file.encode()).hexdigest()[:12]} for file in files]
+    line = {"number": number, "case_id": case_id(name), "status": status, "seconds": 0.25, "outputs": outputs}
+    return line | {"notes": []} | more
+
+
+def add_lines(folder: Path, *lines: dict[str, Any]) -> Path:
+    """The folder, with these lines at the end of its manifest."""
+    folder.mkdir(exist_ok=True)
+    with open(folder / "manifest.jsonl", "a", encoding="utf-8") as file:
+        file.writelines(f"\n{json.dumps(line)}" for line in lines)
     return folder
 
 
@@ -192,12 +203,13 @@ def test_there_is_a_curve_of_the_losses_and_one_of_each_task(training):
     assert page.text.count("Gap from") == 2
 
 
-def test_a_training_without_validation_says_that_it_has_no_held_out_curve(training):
+def test_a_training_without_validation_has_no_held_out_curve_and_no_gap(training):
     lines = (training / "curves.csv").read_text().splitlines()
     (training / "curves.csv").write_text("\n".join(",".join(line.split(",")[:-2]) for line in lines))
     page = page_of(training)
-    assert "the testing section is never looked at during training" in page.text
-    assert "Gap from D1 (lower) to D2 (upper): 0.100." in page.text
+    assert "The testing section is never looked at during training" in page.text
+    assert "no overfitting gap: D1 and D2 both train" in page.text
+    assert "Gap from" not in page.text
 
 
 def test_the_supports_are_shown_with_their_halves(training):
@@ -292,16 +304,93 @@ def test_a_folder_that_keeps_no_pictures_says_so(evaluation):
     assert "No pictures: the folder keeps none" in page_of(evaluation).text
 
 
-def test_a_model_has_one_name_in_its_training_and_its_evaluation(training, evaluation, tmp_path):
-    (training / "models").mkdir()
-    (training / "models" / "model.safetensors").write_bytes(b"weights")
-    digest = hashlib.sha256(b"weights").hexdigest()
-    settings = SETTINGS | {"section": "testing", "model_sha256": digest}
-    own = write_tables(tmp_path / "own", settings, {"testing": scores(0.7)}, rows("testing", DICE))
-    text = page_of(training, own).text
-    assert "Training: blosam Evaluation (testing): blosam Settings" in text
-    assert digest in text
+def with_settings(folder: Path, **settings: Any) -> Path:
+    """The folder, with these among the settings of its summary."""
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["settings"] |= settings
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def test_a_model_has_one_name_in_its_training_and_its_evaluation(training, evaluation):
     assert "Training: blosam 1 Evaluation (testing): blosam 2 Settings" in page_of(training, evaluation).text
+    text = page_of(*(with_settings(folder, model_sha256="cd" * 32) for folder in (training, evaluation))).text
+    assert "Training: blosam Evaluation (testing): blosam Settings" in text
+    assert "cd" * 32 in text
+
+
+def test_two_evaluations_of_one_model_are_told_apart(evaluation, tmp_path):
+    with_settings(evaluation, model_sha256="cd" * 32)
+    page = page_of(evaluation, shutil.copytree(evaluation, tmp_path / "again"))
+    for number in (1, 2):
+        assert f"lung Evaluation (testing) {number}: blosam 0.700" in page.text
+    assert "Evaluation (testing) 1: blosam Evaluation (testing) 2: blosam Settings" in page.text
+
+
+def test_a_subject_has_one_number_in_all_folders_of_a_page(training, evaluation, tmp_path):
+    """The training has three; the fourth is the first of the evaluation, and the only one of the last folder."""
+    table = [row | {"subject": f"{PATIENT}_a"} for row in rows("testing", {"p": (0.5, 0.5), "q": (0.6, 0.6)})]
+    again = write_tables(tmp_path / "x", SETTINGS | {"section": "testing"}, {"testing": scores(0.5)}, table)
+    assert page_of(training, evaluation, again).cells("Subject") == ["subject 4", "subject 4"]
+
+
+def test_cases_that_were_trained_on_are_counted_and_marked(evaluation):
+    assert "trained on" not in page_of(evaluation).text
+    supports = [case_id(f"{PATIENT}_a"), case_id(f"{PATIENT}_b") + "_slice007", "0" * 12]  # of b one slice
+    text = page_of(with_settings(evaluation, supports=supports)).text
+    assert "2 of these cases were trained on" in text
+    assert text.count("was trained on") == 2
+    assert "testing : not used in training, but for the cases that are marked" in text
+    assert "lung blosam 2 cases trained on 0.700" in text
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"method": "blosam"}, "D1, the lower set, trains the decoder; D2, the upper set, trains the prompt. Dice"),
+        ({"method": "swap"}, "D1, the lower set, trains the prompt; D2, the upper set, trains the decoder. Dice"),
+        ({"method": "joint"}, "Joint fine-tuning: all of them train everything. Dice"),
+        ({"crossfit": True}, "trains the prompt (crossfit: the halves swap roles at every second iteration). Dice"),
+    ],
+)
+def test_what_each_half_trained_is_said_of_every_method(training, changed, said):
+    assert said in page_of(with_settings(training, **changed)).text
+
+
+def test_supports_keep_their_pictures_however_many_other_cases_are_worse(training, monkeypatch):
+    monkeypatch.setattr(report, "MAX_PICTURES", 0)
+    assert [(image["alt"] or "")[:14] for image in page_of(training).all("img")] == ["Labelled image"] * 2
+
+
+def test_masks_that_were_kept_are_of_the_model_that_wrote_them(prediction):
+    """``x`` was written by ab...; a run of cd... keeps it and writes ``z``, one of ef... finds nothing to do."""
+    add_lines(
+        prediction,
+        manifest_line(1, "x", "kept"),
+        manifest_line(2, "z", "done", ["z.png"], **MODEL | {"model_sha256": "cd" * 32}),
+    )
+    add_lines(prediction, manifest_line(1, "x", "kept"), manifest_line(2, "z", "kept"))
+    text = page_of(prediction).text
+    assert "The masks in this folder are by 2 models : abababababab , cdcdcdcdcdcd ." in text
+    assert text.count("by model abababababab") == 1
+    assert "by model cd" not in text
+    assert f"model_sha256 {'cd' * 32}" in text
+
+
+def test_masks_of_one_model_are_not_said_to_be_of_several(prediction):
+    add_lines(prediction, manifest_line(1, "x", "kept"))
+    text = page_of(prediction).text
+    assert "The masks in this folder are by" not in text
+    assert f"model_sha256 {'ab' * 32}" in text
+
+
+def test_an_evaluation_in_which_every_case_failed_is_no_prediction(tmp_path):
+    failed = manifest_line(1, "x", "failed", error="<file>: is damaged", section="testing", **MODEL)
+    text = page_of(add_lines(tmp_path / "failed", failed)).text
+    assert "Evaluation (testing): model 1 case failed" in text
+    assert f"case 1 ({case_id('x')}): <file>: is damaged" in text
+    assert "This evaluation left no scores." in text
+    assert "Prediction" not in text
 
 
 def test_what_differs_between_two_runs_is_marked(evaluation, tmp_path):
@@ -316,15 +405,47 @@ def test_what_differs_between_two_runs_is_marked(evaluation, tmp_path):
     ("name", "content", "message"),
     [
         ("x.txt", "", "run: .* has no summary.json and no manifest.jsonl; give the output_dir"),
-        ("summary.json", '{"scores"', r"summary\.json: is missing or damaged \(JSONDecodeError\); run it again"),
-        ("summary.json", '{"scores": {}, "settings": {}}', r"cases\.json: is missing or damaged \(FileNotFoundError\)"),
+        (
+            "manifest.jsonl",
+            "5",
+            r"run: \S+: its tables are damaged or of another version \(TypeError: .*\); run it again\.",
+        ),
+        ("manifest.jsonl", '{"a": 1}', r"its tables are damaged .*KeyError"),
+        ("manifest.jsonl", b"\xff", "its tables are damaged .*UnicodeDecodeError"),
+        ("manifest.jsonl", "", "its tables are damaged .*IndexError"),
     ],
 )
 def test_a_folder_that_cannot_be_reported_is_refused(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
         write_report([tmp_path])
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "error"),
+    [
+        ("summary.json", None, '{"scores"', "JSONDecodeError"),
+        ("summary.json", None, "{}", "KeyError: 'settings'"),
+        ("summary.json", None, "[]", "TypeError"),
+        ("summary.json", '"n_shot": 2, ', "", "KeyError: 'n_shot'"),
+        ("summary.json", '"method": "blosam", ', "", "KeyError: 'method'"),
+        ("summary.json", '"iou_mean": 0.5, ', "", "KeyError: 'iou_mean'"),
+        ("summary.json", '"iou_mean": 0.5, ', '"iou_mean": "high", ', "ValueError"),
+        ("cases.json", None, "[5]", "TypeError"),
+        ("cases.json", '"task": "heart"', '"task": "liver"', "KeyError: 'heart'"),
+        ("curves.csv", "0.25,", "low,", "ValueError"),
+        ("curves.csv", "0.6,0.6", "0.6,0.6,0.6", "TypeError"),
+        ("overlays/s1.png", None, "", "UnidentifiedImageError"),
+    ],
+)
+def test_a_damaged_table_is_said_with_its_folder_in_one_line(training, name, old, new, error):
+    path = training / name
+    text = new if old is None else path.read_text().replace(old, new)
+    assert text != path.read_bytes().decode(errors="replace")
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"^run: {training}: its tables are damaged .*\({error}.*; run it again\.$"):
+        write_report([training])
 
 
 def test_the_verb_writes_once_and_again_only_if_told_to(training, evaluation, tmp_path, capsys):
@@ -350,6 +471,8 @@ def test_the_tables_of_real_runs_are_read(phantoms, tmp_path):
     options = ["--image_size", "64", "--max_epochs", "2", "--val_interval", "1", "--sam_checkpoint", "random"]
     assert main(["train", *listed, "--output_dir", str(run), *options]) == 0
     assert main(["evaluate", *listed, "--model", str(run), "--output_dir", str(of_run)]) == 0
+    first = (of_run / "manifest.jsonl").read_text().splitlines()[0]
+    assert json.loads(first)["section"] == "testing"  # by which an evaluation without scores is told
     images = str(phantoms / "images")
     assert main(["predict", "--model", str(run), "--input", images, "--output_dir", str(tmp_path / "masks")]) == 0
     page = page_of(run, of_run, tmp_path / "masks")
