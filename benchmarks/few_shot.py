@@ -290,7 +290,7 @@ def main() -> None:
     parser.add_argument(
         "--sets", nargs="*", choices=list(SETS), default=[name for name in SETS if SETS[name][0] not in PHANTOMS]
     )
-    parser.add_argument("--methods", nargs="*", choices=list(METHODS), default=["first_order", "joint"])
+    parser.add_argument("--methods", nargs="*", choices=list(METHODS), default=["first_order"])
     parser.add_argument("--weights", nargs="*", choices=list(WEIGHTS), default=list(WEIGHTS))
     parser.add_argument("--image_size", type=int, default=256)
     options = parser.parse_args()
