@@ -45,7 +45,7 @@ def make_overview(target: PathLike) -> None:
             ),
             ("Test images with their labels", [_tinted(data / i["image"], data / i["label"]) for i in tests]),
             (
-                "Predictions on the test images, no prompt given; white: outline of the label",
+                "Predictions on the test images, no prompt given, outlined in colour; dashed: the label",
                 [
                     _tinted(data / i["image"], masks / n, outline=data / i["label"])
                     for i, n in zip(tests, names, strict=True)
