@@ -212,14 +212,17 @@ def _clutter(rng: np.random.Generator, generator: torch.Generator, subjects: int
 
 
 def _blur(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Each subject out of focus by its own amount: mixed with its binomial mean, over 3 pixels and then over 5."""
+    """Each subject out of focus by its own amount, in place: mixed with its binomial mean over 3 pixels, then 5."""
     for reach in (1, 2):
         amount = _scalar(rng, 0.0, 1.0, len(image), image.device)
         mean = image
         for axis in (-2, -1):  # slices are five times faster here than a convolution
-            ahead, behind = (torch.roll(mean, shift, axis) for shift in (reach, -reach))
-            mean = torch.lerp(mean, ahead.add_(behind).mul_(0.5), 0.5)
-        image = torch.lerp(image, mean, amount)
+            around = torch.roll(mean, reach, axis)
+            size = mean.shape[axis]
+            around.narrow(axis, 0, size - reach).add_(mean.narrow(axis, reach, size - reach))
+            around.narrow(axis, size - reach, reach).add_(mean.narrow(axis, 0, reach))
+            mean = torch.lerp(mean, around.mul_(0.5), 0.5, out=around)
+        image.lerp_(mean, amount)
     return image
 
 
@@ -245,9 +248,9 @@ def _marks(image: Tensor, rng: np.random.Generator) -> Tensor:
 
 def _crop(image: Tensor, label: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Some pictures are not square: beyond them, below or to the right, lies padding of SAM's mean colour."""
-    image = image.contiguous()
     size = label.shape[-1]
     if rng.random() < 0.3:
+        image = image.contiguous()  # gray channels share their memory until one of them is written to
         edge = int(rng.uniform(0.5, 0.95) * size)
         cut = (..., slice(edge, None), slice(None)) if rng.random() < 0.5 else (..., slice(None), slice(edge, None))
         label[cut] = OUTSIDE
