@@ -51,6 +51,12 @@ def task_means(engine: Engine, metric: str) -> Tensor:
     return torch.as_tensor(engine.state.metric_details[metric]).nanmean(dim=0).cpu()
 
 
+def first_output(engine: Engine) -> Mapping[str, Any]:
+    """The engine's output for the first case of its batch, which holds the losses; empty where every case failed."""
+    output = engine.state.output
+    return output if isinstance(output, dict) else (output or [{}])[0]
+
+
 def clear_training(output_dir: PathLike, ckpt_dir: PathLike) -> None:
     """Remove the model and the results of a training that is replaced, lest they be taken for those of the next."""
     _clear(Path(output_dir), [*TABLES, CURVES])
@@ -285,8 +291,7 @@ class CurvesHandler:
         self.rows = state["rows"]
 
     def _note_losses(self, engine: Engine) -> None:
-        output = engine.state.output
-        first = output if isinstance(output, dict) else output[0]
+        first = first_output(engine)
         self._losses.append({name: float(first[name]) for name in self.LOSSES if name in first})
 
     def _average_losses(self, engine: Engine) -> None:
@@ -486,7 +491,7 @@ class ProgressHandler:
     def _advance(self, engine: Engine) -> None:
         assert self.bar is not None
         self.bar.update()
-        first = engine.state.output[0] if isinstance(engine.state.output, list) and engine.state.output else {}
+        first = first_output(engine)
         shown = {k: f"{float(first[k]):.3f}" for k in (CommonKeys.LOSS, UPPER_LOSS) if k in first}
         self.bar.set_postfix(shown, refresh=False)
 

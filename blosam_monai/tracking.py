@@ -31,7 +31,7 @@ from blosam_monai import __version__
 from blosam_monai.data.pairing import SECTIONS
 from blosam_monai.engines.bilevel_trainer import UPPER_LOSS, BilevelEvents
 from blosam_monai.files import PathLike, file_sha256
-from blosam_monai.handlers import case_id, task_means
+from blosam_monai.handlers import case_id, first_output, task_means
 from blosam_monai.metrics import write_rows
 from blosam_monai.networks.prompt_sam import PromptSam
 
@@ -139,13 +139,12 @@ class RunHandler(MLFlowHandler):
         return self.client.create_run(self.experiment.experiment_id, run_name=name)
 
     def _default_iteration_log(self, engine: Engine) -> None:
-        output = engine.state.output
-        first = output if isinstance(output, dict) else (output or [{}])[0]  # of a case that failed there is none
+        first = first_output(engine)
         metrics = {name: float(first[name]) for name in self.numbers if name in first}
         self._log_metrics(metrics, engine.state.iteration)
 
     def _default_epoch_log(self, engine: Engine) -> None:
-        details = engine.state.metric_details if hasattr(engine.state, "metric_details") else {}
+        details = getattr(engine.state, "metric_details", {})
         others = {k: v for k, v in engine.state.metrics.items() if k not in details and np.isscalar(v)}
         self._log_metrics(others, engine.state.epoch)
 

@@ -386,6 +386,7 @@ def test_the_encoder_sees_each_image_and_view_once_in_a_whole_training(tiny_sam,
         "image_size": 64,
         "selection": "upper",
         "augment_views": 1,
+        "cache_dir": "none",  # or images that another test has encoded would not be counted
         "max_epochs": 3,
         "val_interval": 1,
         "use_mlflow": "false",
