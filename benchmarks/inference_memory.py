@@ -143,7 +143,7 @@ def measure(
     from monai.bundle import ConfigParser
 
     from blosam_monai.__main__ import BUNDLE
-    from blosam_monai.networks.adapters import load_prompt_sam
+    from blosam_monai.networks.adapters import load_network
 
     given = Path(folder, f"ct_{slices}" + (".nii.gz" if source == NIFTI else ""))
     with tempfile.TemporaryDirectory(dir=folder) as output:
@@ -154,7 +154,7 @@ def measure(
         config.update({"dataset_dir": str(given), "output_dir": output, "ckpt_path": str(adapters), "device": "cpu"})
         config.update(options or {})
         evaluator = config.get_parsed_content("evaluator")
-        load_prompt_sam(adapters, into=evaluator.network)
+        load_network(adapters, into=evaluator.network)
         before, start = _resident("VmRSS"), time.perf_counter()
         evaluator.run()
         seconds, peak = time.perf_counter() - start, _resident("VmHWM")

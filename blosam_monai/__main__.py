@@ -14,12 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from blosam_monai import __version__
-
-_HERE = Path(__file__).resolve().parent
-# Beside the package in a checkout, inside it when installed.
-BUNDLE = next(
-    p for p in (_HERE / "bundles" / "blosam", _HERE.parent / "bundles" / "blosam") if (p / "configs").is_dir()
-)
+from blosam_monai.methods import BUNDLE, check_method, compose_config
 
 # Every key that a user sets, with its help; the defaults stand in the configs.
 LABEL_CODINGS = ("index", "threshold", "colour", "segments", "files")  # as in data.readers, which takes long to import
@@ -33,13 +28,26 @@ KEYS = {
     "tasks": "JSON list of labels to train, each a task of its own (default: all)",
     "sam_model": "tiny, vit_b, vit_l or vit_h",
     "sam_checkpoint": "SAM checkpoint file, `download` or `random` (default: the file in this package for tiny, "
-    "else Meta's file in the cache)",
+    "else Meta's file in the cache); with ResNet features their file (default: random)",
     "image_size": "side of the network input in pixels, a multiple of 16",
     "preprocess": "sam (longer side, padding, SAM's normalisation) or paper (squashed, [0, 1])",
     "head": "sam (SAM's own mask token) or two_token (as published)",
-    "prompt": "learned prompt: dense, sparse:n or both:n",
-    "lora_rank": "rank of the low-rank updates",
-    "method": "blosam, joint (one level on all images) or swap (the levels exchange their variables)",
+    "prompt": "learned prompt: dense, sparse:n, both:n or none",
+    "lora_rank": "rank of the low-rank updates; of gated ones, the highest",
+    "train_decoder": "of SAM's decoder: lora, gated (the rank is learned), bitfit, affine_norm, full, frozen; or "
+    "linear_probe in its place",
+    "train_encoder": "of SAM's image encoder: frozen (each image is encoded once), lora, gated, adapter or full",
+    "encoder_rank": "rank of the encoder's low-rank updates (default: lora_rank)",
+    "mask_prompt": "decode twice, the first masks as prompt of the second",
+    "gate_lr": "learning rate of the gates",
+    "gate_penalty": "weight of their L1 norm (default: by the number of iterations)",
+    "method": "preset of configs/methods, see `blosam bench --list_methods`; further options change it",
+    "weights": "of deeplabv3, swinunetr2d, dynunet: file to start from (default: scratch)",
+    "width": "of swinunetr2d, dynunet: channels of the first level",
+    "features": "of few-shot methods: sam, or layers of a ResNet-50: layer3, layer4, layer2+3, pyramid",
+    "head_options": "of few-shot methods: JSON object of options of the head",
+    "levels": "bilevel, joint (one level on all images), alternate (joint, one variable after the other) or swap (the "
+    "levels exchange their variables)",
     "hypergradient": "first_order, finite_difference or exact",
     "crossfit": "the halves swap roles at every second iteration",
     "dice_weight": "share of Dice in the loss, the rest is cross-entropy",
@@ -100,6 +108,7 @@ _RECIPE = (
     *("steps", "decoder_steps", "ensembles", "subjects", "masks", "few_shot", "contrast", "ridge", "temperature"),
     *("lr", "decoder_lr", "warmup", "max_norm"),
 )
+PRESET_KEYS = ("weights", "width", "features", "head_options")  # in the presets of some methods only
 TRAIN_KEYS = [k for k in KEYS if k not in ("section", "threshold", *_PREDICT_ONLY, *_RECIPE)]
 _PRETRAIN_TEXTS = {"seed": "seed of the images; SAM starts as `random` does", "weight_decay": "of AdamW"}
 PRETRAIN_KEYS = [
@@ -180,6 +189,7 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     datalist.add_argument("--images", help="folder of images: pictures, volumes, DICOM series")
     datalist.add_argument("--labels", help="folder of labels, paired with the images by stem")
     datalist.add_argument("--from", dest="source", help="or an existing list: ours, Decathlon or nnU-Net dataset.json")
+    datalist.add_argument("--recipe", help="a public data set's options (data_lists/*.json), under those given here")
     datalist.add_argument("--dataset_dir", help="folder that paths are relative to (default: the list's own)")
     datalist.add_argument("--output", help="the JSON file to write; needless to --check a list --from a file as it is")
     datalist.add_argument("--overwrite", type=_boolean, default=False, help="replace that file (default: false)")
@@ -222,6 +232,17 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     predict.add_argument("--model", required=True, help="output_dir of the training")
     predict.add_argument("--input", required=True, help="picture, volume, DICOM series, or folder of these")
     _add_keys(predict, PREDICT_KEYS, ("inference.json",), required=("output_dir",))
+    bench = verb("bench", _bench, "Run methods x data sets x shots x draws, with intervals; goes on where it stopped.")
+    bench.add_argument("--list_methods", action="store_true", help="show all methods and stop")
+    bench.add_argument("--grid", help="the grid (JSON), see docs/reference/grid.md")
+    bench.add_argument("--output_dir", help="folder for lists, cells, tables and figures")
+    bench.add_argument("--dataset_dir", action="append", default=[], metavar="NAME=DIR", help="folder of a data set")
+    bench.add_argument("--device", type=_devices, help="as cuda:0,cuda:1, dealt to the workers in turn")
+    bench.add_argument("--workers", type=_positive_number, help="processes (default: one for each device)")
+    bench.add_argument("--tables_only", type=_boolean, default=False, help="train nothing (default: false)")
+    bench.add_argument("--overwrite", type=_boolean, default=False, help="remove an earlier run (default: false)")
+    bench.add_argument("--use_mlflow", type=_boolean, default=True, help="track the cells in MLflow (default: true)")
+    bench.add_argument("--tracking_uri", help="MLflow store (default: SQLite in output_dir)")
     report = verb("report", _report, "Write one HTML file of trainings, evaluations and predictions.")
     report.add_argument(
         "--run", dest="folders", nargs="+", required=True, help="output_dir of one or more of them, side by side"
@@ -257,7 +278,7 @@ def _add_keys(
     for file in files:
         defaults |= json.loads((BUNDLE / "configs" / file).read_text(encoding="utf-8"))
     for key in keys:
-        default = defaults[key]
+        default = None if key in PRESET_KEYS else defaults[key]
         shown = "" if default is None or "default" in texts[key] or key in required else f" (default: {_show(default)})"
         parser.add_argument(
             f"--{key}",
@@ -274,8 +295,10 @@ def _show(default: Any) -> str:
 
 
 def _type_of(key: str, default: Any) -> Callable[[str], Any]:
-    if key == "device":
-        return _device
+    if key in ("device", "method"):
+        return {"device": _device, "method": _method}[key]
+    if key in ("gate_penalty", "width", "encoder_rank"):
+        return _number if key == "gate_penalty" else _positive_number
     if key in ("largest_component", "fill_holes"):
         return _boolean_or_names
     if isinstance(default, bool):
@@ -332,6 +355,17 @@ def _device(text: str) -> str:
     return text
 
 
+def _method(text: str) -> str:
+    try:
+        return check_method(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("method: ")) from None
+
+
+def _devices(text: str) -> list[str]:
+    return [_device(name) for name in text.split(",")]
+
+
 def _text(text: str) -> Any:
     """A JSON list or object as such, anything else as text; MONAI would run text that begins with $ or @ as code."""
     if text[:1] in ("$", "@", "%"):
@@ -377,7 +411,9 @@ def _run_bundle(files: Sequence[str], workflow_type: str, overrides: dict[str, A
 
 
 def _train(options: argparse.Namespace) -> None:
-    _run_bundle(["train.json"], "train", {"dataset_dir": ".", **_overrides(options, TRAIN_KEYS)})
+    method, overrides = getattr(options, "method", "blosam"), _overrides(options, TRAIN_KEYS)
+    compose_config(method, overrides)  # refuses an option that the method does not use
+    _run_bundle(["train.json", f"methods/{method}.json"], "train", {"dataset_dir": ".", **overrides})
     print(f"model: {Path(getattr(options, 'ckpt_dir', Path(options.output_dir, 'models')), 'model.safetensors')}")
 
 
@@ -408,6 +444,12 @@ def _datalist(options: argparse.Namespace) -> None:
     from blosam_monai.data.datalist_command import run
 
     run(options, vars(_build_parser()[0].parse_args(["datalist"])))
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from blosam_monai.bench.command import run
+
+    print(run(options))
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ from blosam_monai.errors import one_line, without_names
 from blosam_monai.files import PathLike, atomic, case_hash, file_sha256
 from blosam_monai.metrics import TABLES, case_scores, write_rows, write_table
 from blosam_monai.networks.adapters import save_adapters
-from blosam_monai.networks.prompt_sam import PromptSam
+from blosam_monai.networks.segmenter import Segmenter, State
 from blosam_monai.outputs import MANIFEST
 from blosam_monai.transforms import picture_of
 
@@ -39,10 +39,11 @@ CURVES = "curves.csv"
 def case_id(item: Mapping[Any, Any]) -> str:
     """What a case is called in logs and in MLflow: the first 12 digits of its image's SHA-256, and its slice."""
     path = item["source"] if "source" in item else item["image"]
-    return case_hash(path) + _slice_suffix(item.get("slice"))
+    return case_hash(path) + slice_suffix(item.get("slice"))
 
 
-def _slice_suffix(number: Any) -> str:
+def slice_suffix(number: Any) -> str:
+    """What a slice adds to the name of its volume; nothing for an image that is not one of several."""
     return "" if number is None else f"_slice{int(number):03d}"
 
 
@@ -166,7 +167,7 @@ class CaseTableHandler:
 
     def _name(self, item: Mapping[str, Any], identity: str) -> str:
         """What the table calls a case: stem and slice, and the hash where another image has the same."""
-        name = case_stem(item["source"]) + _slice_suffix(item.get("slice"))
+        name = case_stem(item["source"]) + slice_suffix(item.get("slice"))
         if self._case_of.setdefault(name, item["source"]) != item["source"]:
             name = f"{name}_{identity}"
         return name
@@ -326,6 +327,8 @@ class CurvesHandler:
 class BestAdapters:
     """Keep the adapters of each task: its best so far by an evaluator's Dice, or the last.
 
+    Tasks that share trained tensors are kept together: their best is that of their mean Dice.
+
     Args:
         network: whose decoder is kept.
         path: the ``.safetensors`` file, see ``save_adapters``.
@@ -337,7 +340,7 @@ class BestAdapters:
 
     def __init__(
         self,
-        network: PromptSam,
+        network: Segmenter,
         path: PathLike,
         settings: Mapping[str, Any],
         *,
@@ -364,7 +367,10 @@ class BestAdapters:
 
     def compare(self, evaluator: Engine) -> None:
         """Take over the tasks whose Dice is above their best, and write the file if there are any."""
-        scores = task_means(evaluator, self.metric).nan_to_num(-torch.inf)
+        scores = task_means(evaluator, self.metric)
+        if self.network.decoder.shared:
+            scores = scores.nanmean().expand_as(scores)
+        scores = scores.nan_to_num(-torch.inf)
         better = scores > self.score
         if better.any():
             self._take(better, evaluator.state.epoch)
@@ -387,8 +393,11 @@ class BestAdapters:
         }
         if self.selection != "last":
             chosen["selected_dice"] = dict(zip(self.network.tasks, self.score.tolist(), strict=True))
-        settings = {**self.network.settings, "sam_weights": self.network.sam_weights, **self.settings, **chosen}
-        save_adapters(self.path, self.best, settings)
+        state, changed = self.network.decoder.exported(self.best)
+        for layer, ranks in changed.get("effective_ranks", {}).items():
+            logger.info("effective rank of %s: %s", layer, ", ".join(map(str, ranks)))
+        own = {**self.network.settings, "sam_weights": self.network.sam_weights, **changed}
+        save_adapters(self.path, state, {**self.settings, **own, **chosen})
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, so that a worse model never replaces a better one."""
@@ -400,8 +409,20 @@ class BestAdapters:
 
     def _take(self, tasks: Tensor, epoch: int) -> None:
         for name, value in self.network.decoder.adapter_state().items():
-            self.best[name][tasks] = value.cpu()[tasks]
+            if self.network.decoder.shared:
+                self.best[name] = value.cpu().clone()
+            else:
+                self.best[name][tasks] = value.cpu()[tasks]
         self.epoch[tasks] = epoch
+
+
+def check_preset(method: str, preset: str) -> None:
+    """Refuse a method whose preset was not loaded: the name alone changes nothing."""
+    if method != preset:
+        raise ValueError(
+            f"method: {method} was asked for, the configs are those of {preset}; add configs/methods/{method}.json to "
+            f"config_file, or use `blosam train --method {method}`."
+        )
 
 
 def check_state(path: PathLike, *, resume: bool, overwrite: bool) -> None:
@@ -415,6 +436,21 @@ def check_state(path: PathLike, *, resume: bool, overwrite: bool) -> None:
             f"output_dir: {Path(path).parent} holds an earlier training; choose another output_dir, go on with "
             "resume=true, or replace it with overwrite=true."
         )
+
+
+class AdapterState:
+    """The trained tensors of a network, as an object of ``TrainingState``."""
+
+    def __init__(self, network: Segmenter) -> None:
+        self.network = network
+
+    def state_dict(self) -> State:
+        """The tensors."""
+        return dict(self.network.decoder.adapter_state())
+
+    def load_state_dict(self, state: State) -> None:
+        """Restore ``state_dict``."""
+        self.network.decoder.load_adapter_state(state)
 
 
 class TrainingState:

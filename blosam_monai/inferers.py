@@ -12,8 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from blosam_monai.data.geometry import SLICE_AXES, Orientation, turn
-from blosam_monai.networks.prompt_sam import PromptSam
-from blosam_monai.transforms import PREPROCESS, picture_of, preprocess_picture, restore_logits
+from blosam_monai.networks.prompted_sam import label_prompts
+from blosam_monai.networks.segmenter import Segmenter
+from blosam_monai.transforms import PREPROCESS, label_to_input, picture_of, preprocess_picture, restore_logits
 
 _LONG = 16  # slices: fewer need no progress bar of their own
 
@@ -21,7 +22,7 @@ _LONG = 16  # slices: fewer need no progress bar of their own
 class EmbeddingInferer(Inferer):
     """Decode image embeddings that were computed before: (B, C, h, w) -> logits (B, T, S, S)."""
 
-    def __call__(self, inputs: Tensor, network: PromptSam, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, inputs: Any, network: Segmenter, *args: Any, **kwargs: Any) -> Tensor:
         """Decode a batch of embeddings."""
         return network.decode(inputs)
 
@@ -66,10 +67,11 @@ class SliceStreamInferer(Inferer):
     def __call__(
         self,
         inputs: Tensor,
-        network: PromptSam,
+        network: Segmenter,
         *args: Any,
         spacing: Sequence[float] = (1, 1, 1),
         slice_axis: str = "axial",
+        label: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Segment a case.
@@ -79,6 +81,7 @@ class SliceStreamInferer(Inferer):
             network: on its own device.
             spacing: of D, H and W.
             slice_axis: what D runs along; matters for ``average_axes`` only.
+            label: (T, D, H, W), from which a network that is ``prompted`` takes its prompts; no other looks at it.
 
         Returns:
             (..., D, H, W) on the CPU, see ``decide``; logits are (T, D, H, W).
@@ -86,9 +89,11 @@ class SliceStreamInferer(Inferer):
         if inputs.ndim == 5:
             return torch.stack([self(case, network, spacing=spacing, slice_axis=slice_axis) for case in inputs])
         if self.average_axes and inputs.shape[1] > 1:
+            if network.prompted:
+                raise ValueError("average_axes: prompts from a label belong to one axis; leave average_axes out.")
             return self._average(inputs, network, spacing, slice_axis)
         kept: Tensor | None = None
-        for d, logits in self._stream(inputs, network, spacing[1:]):
+        for d, logits in self._stream(inputs, network, spacing[1:], label):
             plane = logits if self.decide is None else self.decide(logits)
             if kept is None:
                 half = self.decide is None and inputs.shape[1] > 1
@@ -98,7 +103,7 @@ class SliceStreamInferer(Inferer):
         assert kept is not None
         return kept
 
-    def _average(self, inputs: Tensor, network: PromptSam, spacing: Sequence[float], slice_axis: str) -> Tensor:
+    def _average(self, inputs: Tensor, network: Segmenter, spacing: Sequence[float], slice_axis: str) -> Tensor:
         total = np.zeros((len(network.tasks), *inputs.shape[1:]), np.float16)
         for axis in SLICE_AXES:
             turned = turn(slice_axis, axis)
@@ -113,7 +118,7 @@ class SliceStreamInferer(Inferer):
         planes = [self.decide(plane.float()) for plane in mean.unbind(1)]
         return torch.stack(planes, dim=planes[0].ndim - 2)
 
-    def _stream(self, stack: Tensor, network: PromptSam, spacing: Sequence[float]) -> Any:
+    def _stream(self, stack: Tensor, network: Segmenter, spacing: Sequence[float], label: Tensor | None = None) -> Any:
         """Yield (number, logits (T, H, W)) of every slice."""
         device = next(network.parameters()).device
         depth, native = stack.shape[1], stack.shape[2:]
@@ -122,7 +127,13 @@ class SliceStreamInferer(Inferer):
             pictures = (picture_of(plane) for plane in stack[:, first : first + self.batch_size].to(device).unbind(1))
             prepared = [preprocess_picture(p, self.image_size, self.preprocess, spacing=spacing) for p in pictures]
             batch = torch.stack([network_input for network_input, _ in prepared])  # (B, 3, S, S)
-            for number, logits in enumerate(network(batch), first):
+            prompts = [
+                label_prompts(label_to_input(label[:, number].float(), size, self.image_size)).to(device)
+                for number, (_, size) in enumerate(prepared, first)
+                if network.prompted and label is not None
+            ]
+            predicted = network(batch, torch.stack(prompts)) if prompts else network(batch)
+            for number, logits in enumerate(predicted, first):
                 numbers.update()
                 yield number, restore_logits(logits, prepared[0][1], native).float()
 

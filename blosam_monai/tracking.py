@@ -33,7 +33,7 @@ from blosam_monai.engines.bilevel_trainer import UPPER_LOSS, BilevelEvents
 from blosam_monai.files import PathLike, file_sha256
 from blosam_monai.handlers import case_id, first_output, task_means
 from blosam_monai.metrics import write_rows
-from blosam_monai.networks.prompt_sam import PromptSam
+from blosam_monai.networks.segmenter import Segmenter
 
 logger = logging.getLogger(__name__)
 
@@ -284,7 +284,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def describe_run(options: Mapping[str, Any], datalist: Mapping[str, Any], network: PromptSam) -> dict[str, Any]:
+def describe_run(options: Mapping[str, Any], datalist: Mapping[str, Any], network: Segmenter) -> dict[str, Any]:
     """What decides the result of a training, to compare and to repeat it by; no path and no name among it.
 
     Args:
@@ -297,6 +297,7 @@ def describe_run(options: Mapping[str, Any], datalist: Mapping[str, Any], networ
         **{name: value for name, value in options.items() if name not in (*_PATHS, *_HOW_TO_RUN)},
         "tasks": network.tasks,
         "sam_weights": network.sam_weights,
+        "pretrained": network.pretrained,
         "n_shot": len(supports),
         "draw": datalist.get("seed", options["seed"]),
         "supports": [case_id(item) for item in supports],
@@ -318,7 +319,7 @@ def describe_model(path: PathLike, settings: Mapping[str, Any]) -> dict[str, str
     """
     return {
         "model_sha256": file_sha256(path) if Path(path).is_file() else "",  # a bundle is looked at before it is trained
-        "sam_model": settings["sam_model"],
+        "sam_model": settings.get("sam_model", "none"),
         "sam_weights": settings["sam_weights"],
         "blosam_monai_version": __version__,
     }

@@ -28,6 +28,7 @@ from blosam_monai.data.readers import dicom, read_image, read_label
 from blosam_monai.data.tasks import Labels, check_names, check_values, known_values, task_values
 from blosam_monai.data.windows import Window, check_window, display_stack, window_channels
 from blosam_monai.files import case_hash
+from blosam_monai.networks.prompted_sam import label_prompts
 from blosam_monai.networks.sam import PIXEL_MEAN, PIXEL_STD
 
 logger = logging.getLogger(__name__)
@@ -223,7 +224,7 @@ class LabelToGridd(MapTransform):
     """Label (T, H, W) -> the decoder's grid (T, G, G), where the loss is taken; nearest, as published.
 
     Args:
-        image_size, grid_size: S and G in pixels, both of ``PromptSam``.
+        image_size, grid_size: S and G in pixels, both of the ``Segmenter``.
     """
 
     def __init__(self, image_size: int, grid_size: int, keys: KeysCollection = "label") -> None:
@@ -233,10 +234,36 @@ class LabelToGridd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> Item:
         """Bring the label of one preprocessed item to the grid."""
         item = dict(data)
-        height, width = item["input_size"].tolist()
-        label = F.interpolate(item[self.keys[0]][None], (height, width), mode="nearest-exact")
-        label = F.pad(label, (0, self.image_size - width, 0, self.image_size - height))
-        item[self.keys[0]] = F.interpolate(label, (self.grid_size, self.grid_size), mode="nearest-exact")[0]
+        label = label_to_input(item[self.keys[0]], item["input_size"].tolist(), self.image_size)
+        item[self.keys[0]] = F.interpolate(label[None], (self.grid_size, self.grid_size), mode="nearest-exact")[0]
+        return item
+
+
+def label_to_input(label: Tensor, input_size: Sequence[int], image_size: int) -> Tensor:
+    """Label (T, H, W) of a picture -> (T, S, S), where the network's input has it; nearest."""
+    height, width = input_size
+    resized = F.interpolate(label[None], (height, width), mode="nearest-exact")[0]
+    return F.pad(resized, (0, image_size - width, 0, image_size - height))
+
+
+class LabelPromptd(MapTransform):
+    """Add ``prompt`` (T, 8), taken from the label of a preprocessed picture, see ``label_prompts``: an oracle.
+
+    Args:
+        image_size: S in pixels.
+        prompted: whether the network takes prompts; else items pass unchanged.
+    """
+
+    def __init__(self, image_size: int, *, prompted: bool, keys: KeysCollection = "label") -> None:
+        super().__init__(keys)
+        self.image_size, self.prompted = image_size, prompted
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Item:
+        """Add the prompts of one item."""
+        item = dict(data)
+        if self.prompted:
+            label = label_to_input(item[self.keys[0]], item["input_size"].tolist(), self.image_size)
+            item["prompt"] = label_prompts(label)
         return item
 
 

@@ -15,7 +15,16 @@ import pytest
 import torch
 from PIL import Image
 
-from blosam_monai.__main__ import BUNDLE, EVALUATE_KEYS, KEYS, LABEL_CODINGS, PREDICT_KEYS, TRAIN_KEYS, main
+from blosam_monai.__main__ import (
+    BUNDLE,
+    EVALUATE_KEYS,
+    KEYS,
+    LABEL_CODINGS,
+    PREDICT_KEYS,
+    PRESET_KEYS,
+    TRAIN_KEYS,
+    main,
+)
 from blosam_monai.data import readers
 from blosam_monai.data.embedding_cache import EmbeddingCache
 from blosam_monai.networks import sam
@@ -63,7 +72,7 @@ def test_a_value_of_the_wrong_kind_is_refused(arguments, said, capsys):
 @pytest.mark.parametrize(
     ("files", "keys"),
     [
-        (["train.json"], TRAIN_KEYS),
+        (["train.json", "methods/ssp.json", "methods/dynunet.json"], TRAIN_KEYS),
         (["inference.json", "evaluate.json"], EVALUATE_KEYS),
         (["inference.json"], PREDICT_KEYS),
     ],
@@ -81,12 +90,20 @@ def test_every_key_that_a_user_can_set_in_the_training_is_an_option():
     config = json.loads((BUNDLE / "configs" / "train.json").read_text())
     plain = {key for key, value in config.items() if not isinstance(value, (dict, list))} - {"bundle_root"}
     expressions = {"save_execute_config", "datalist", "settings", "task_names", "network", "theta", "phi", "iterations"}
-    assert plain - expressions == set(TRAIN_KEYS)
+    expressions |= {"preset", "one_set", "penalty"}
+    assert plain - expressions == set(TRAIN_KEYS) - set(PRESET_KEYS)
+
+
+def test_the_presets_that_have_keys_of_their_own_keep_them_with_the_options():
+    for file in (BUNDLE / "configs" / "methods").glob("*.json"):
+        preset = json.loads(file.read_text())
+        assert preset.get("+options", {}) == {key: f"@{key}" for key in PRESET_KEYS if key in preset}, file.stem
 
 
 def test_mlflow_and_resume_know_every_option():
     """`options` of a config is what MLflow keeps and what a resumed training compares."""
-    for file, keys in (("train.json", TRAIN_KEYS), ("evaluate.json", [*EVALUATE_KEYS, "ckpt_dir"])):
+    train_keys = [key for key in TRAIN_KEYS if key not in PRESET_KEYS]
+    for file, keys in (("train.json", train_keys), ("evaluate.json", [*EVALUATE_KEYS, "ckpt_dir"])):
         config = json.loads((BUNDLE / "configs" / file).read_text())
         assert config["options"] == {key: f"@{key}" for key in keys}, file
 

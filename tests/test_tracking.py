@@ -18,8 +18,9 @@ from blosam_monai.networks.sam import TINY_SHA256
 
 
 def train(phantoms: Path, output_dir: Path, store: Path, crash_at: int | None = None, **overrides) -> None:
+    files = ["train.json", f"methods/{overrides.get('method', 'blosam')}.json"]
     flow = ConfigWorkflow(
-        [str(BUNDLE / "configs" / "train.json")],
+        [str(BUNDLE / "configs" / file) for file in files],
         workflow_type="train",
         bundle_root=str(BUNDLE),
         logging_file=False,

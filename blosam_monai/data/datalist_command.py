@@ -18,6 +18,7 @@ from blosam_monai.data.datalist import (
 )
 from blosam_monai.data.datalist_check import check_datalist, format_table
 from blosam_monai.data.pairing import SECTIONS, items_of_list, pair_folders
+from blosam_monai.data.recipes import read_recipe
 from blosam_monai.data.tasks import check_values, known_values, parse_labels
 
 
@@ -31,6 +32,7 @@ def run(options: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
     Raises:
         FileNotFoundError, FileExistsError, ValueError: what does not hold, and the remedy.
     """
+    recipe = _apply_recipe(options, defaults)
     _check_sources(options, defaults)
     if options.output is None:
         _check_list(options)
@@ -47,6 +49,7 @@ def run(options: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
     labels, coding = _name_labels(options, items, content, folder, kept)
     check_values(labels, coding)
     check_settings(labels, kept)
+    content |= recipe  # only now: a list's content would also say how its labels are coded
     rows = []
     if options.check:  # before drawing, which stops at the first bad file
         pairs = {**kept, "labels": labels, "label_coding": coding, "testing": items}
@@ -83,11 +86,26 @@ def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
+def _apply_recipe(options: argparse.Namespace, defaults: Mapping[str, Any]) -> dict[str, str]:
+    """Fill in the options that a recipe sets and nobody gave; what it says of the data set is handed on to the list."""
+    path = options.recipe
+    if path is None:
+        return {}
+    if options.source:
+        raise ValueError("recipe: says how two folders pair; leave it out with --from.")
+    recipe = read_recipe(path, options.dataset_dir or ".")
+    told: dict[str, str] = {key: recipe.pop(key) for key in ("description", "license") if key in recipe}
+    for name, value in recipe.items():
+        if getattr(options, name) == defaults[name]:
+            setattr(options, name, value)
+    return told
+
+
 def _check_sources(options: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
     """Either two folders or a list, and no option that the list would leave without effect."""
     folders = options.images, options.labels
     if not (options.source or all(folders)) or (options.source and any(folders)):
-        raise ValueError("datalist: give either --images and --labels, or --from.")
+        raise ValueError("datalist: give either --images and --labels, or --from, or --recipe.")
     for name in ("image_suffix", "label_suffix"):
         if options.source and getattr(options, name):
             raise ValueError(f"{name}: a list names its pairs; leave it out with --from.")

@@ -19,9 +19,9 @@ from monai.transforms import (
 )
 from torch.utils.data import Dataset
 
-from blosam_monai.data.embedding_cache import EmbeddingCache, open_cache
+from blosam_monai.data.embedding_cache import NO_CACHE, EmbeddingCache, open_cache
 from blosam_monai.files import PathLike, content_sha256
-from blosam_monai.networks.prompt_sam import PromptSam
+from blosam_monai.networks.segmenter import Segmenter
 
 ENCODING_VERSION = 1  # of the code that encodes: to be raised when its results change
 
@@ -31,7 +31,7 @@ class EncodeImaged(MapTransform):
 
     Used as the last deterministic transform. What the network would see, to the bit, is the address of its embedding:
     however many data sets of a run share an image, the encoder sees it once, and with a cache on disk once for all runs
-    and methods. The image is dropped.
+    and methods. The image is dropped. Of a network that freezes nothing, the image is the embedding.
 
     Args:
         network: whose frozen encoder is used, on its device.
@@ -39,16 +39,22 @@ class EncodeImaged(MapTransform):
         keys: the image.
     """
 
-    def __init__(self, network: PromptSam, cache_dir: PathLike | None = None, keys: KeysCollection = "image") -> None:
+    def __init__(self, network: Segmenter, cache_dir: PathLike | None = None, keys: KeysCollection = "image") -> None:
         super().__init__(keys)
         self.network = network
-        self.cache = open_cache(cache_dir)
+        self.encodes = network.encoder_id is not None
+        if cache_dir not in (None, NO_CACHE) and not self.encodes:
+            raise ValueError(f"cache_dir: {cache_dir}, but this method trains from the image; leave cache_dir out.")
+        self.cache = open_cache(cache_dir) if self.encodes else None
         self.embeddings: dict[str, torch.Tensor] = {}
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Encode the image of one item."""
         item = dict(data)
         image = item.pop(self.keys[0])
+        if not self.encodes:
+            item["embedding"] = image
+            return item
         key = self._key(image)
         if key not in self.embeddings:
             self.embeddings[key] = self._find(key, image)
@@ -69,7 +75,7 @@ class EncodeImaged(MapTransform):
         pixels = hashlib.sha256(image.contiguous().numpy().data).hexdigest()
         device = next(self.network.parameters()).device.type  # the last bits differ
         parts = {"input": pixels, "shape": str(tuple(image.shape)), "dtype": str(image.dtype), "device": device}
-        return EmbeddingCache.key({**parts, "encoder": self.network.encoder_id, "version": ENCODING_VERSION})
+        return EmbeddingCache.key({**parts, "encoder": str(self.network.encoder_id), "version": ENCODING_VERSION})
 
 
 def with_views(items: Sequence[dict[str, Any]], augment_views: int, *, seed: int) -> list[dict[str, Any]]:

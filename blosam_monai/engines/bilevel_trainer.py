@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from blosam_monai.engines.hypergradient import METHODS, LowerStep, adamw_jacobian, task_norm
 
 UPPER_LOSS = "upper_loss"
-TRAININGS = ("blosam", "joint", "swap")
+LEVELS = ("bilevel", "joint", "alternate", "swap")
 
 
 class BilevelEvents(EventEnum):
@@ -33,31 +33,45 @@ class BilevelEvents(EventEnum):
 
 def prepare_embedding_batch(
     batchdata: dict[str, Tensor], device: Any = None, non_blocking: bool = False, **kwargs: Any
-) -> tuple[Tensor, Tensor]:
-    """Image embedding (B, C, h, w) or (B, T, C, h, w) and label (B, T, 4h, 4w) of a batch, on the device."""
-    embedding, label = (
-        batchdata[key].to(device=device, non_blocking=non_blocking, **kwargs) for key in ("embedding", CommonKeys.LABEL)
+) -> tuple[Any, Tensor]:
+    """Embedding (B, C, h, w) or (B, T, C, h, w) and label (B, T, 4h, 4w) of a batch, on the device.
+
+    Where the batch has a ``prompt``, embedding and prompt are a pair.
+    """
+    embedding, label, *prompt = (
+        batchdata[key].to(device=device, non_blocking=non_blocking, **kwargs)
+        for key in ("embedding", CommonKeys.LABEL, "prompt")
+        if key in batchdata
     )
-    return embedding, label
+    return ((embedding, *prompt) if prompt else embedding), label
 
 
-def split_variables(network: Any, method: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def split_variables(network: Any, levels: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Theta and phi of a network with ``lower_parameters`` and ``upper_parameters``: exchanged by ``swap``.
 
+    Where joint training has one kind of variable only it is theta, and phi is empty.
+
     Raises:
-        ValueError: an unknown method.
+        ValueError: unknown levels, two levels asked of a network that has variables for one, or nothing to train.
     """
-    if method not in TRAININGS:
-        raise ValueError(f"method: {method!r} is not one of {', '.join(TRAININGS)}.")
+    if levels not in LEVELS:
+        raise ValueError(f"levels: {levels!r} is not one of {', '.join(LEVELS)}.")
     lower, upper = network.lower_parameters(), network.upper_parameters()
-    return (upper, lower) if method == "swap" else (lower, upper)
+    if not lower and not upper:
+        raise ValueError("levels: this method trains nothing; score it with `blosam bench`.")
+    if levels == "joint":
+        return (lower, upper) if lower else (upper, [])
+    if not lower or not upper:
+        raise ValueError(f"levels: {levels} needs variables of both levels, this network has one kind; choose joint.")
+    return (upper, lower) if levels == "swap" else (lower, upper)
 
 
 class BilevelTrainer(Trainer):
     """Bi-level optimisation of a network: theta on the lower set D1, phi on the upper set D2.
 
     One iteration takes one AdamW step of theta on the lower loss at fixed phi, then one step of phi along the
-    hypergradient of the upper loss. Without an upper loader it is joint training: both step on the same batch.
+    hypergradient of the upper loss. Without an upper loader it is joint training: both step on the same batch, by the
+    gradient of the same loss, or, if they ``alternate``, phi by its gradient at the new theta (block descent, ARENA).
     Which tensors are theta and phi is what the two optimizers hold. Losses are per task, (T,): their sum is
     differentiated, so tasks that share no trainable tensor train as if alone. The engine's output has the keys
     ``image label pred loss upper_loss hypergradient_norm prompt_norm``, the numbers averaged over tasks. Works with
@@ -69,10 +83,11 @@ class BilevelTrainer(Trainer):
         train_data_loader: batches of D1 (joint training: of D1 and D2); an epoch is one pass over it.
         network: called with what ``prepare_batch`` gives, returns logits (B, T, h, w).
         optimizer: AdamW over theta.
-        upper_optimizer: an optimizer over phi.
+        upper_optimizer: an optimizer over phi; None for joint training of theta alone.
         loss_function: (logits, label) -> loss of each task (T,).
         upper_data_loader: batches of D2, walked for ever, every pass in its own order; None for joint training.
         hypergradient: ``first_order``, ``finite_difference`` or ``exact``.
+        alternate: see above; in joint training only.
         crossfit: D1 and D2 swap roles at every second iteration, so that theta too learns from all images.
         prepare_batch: batch -> (inputs, label); default: the image embedding.
         inferer: MONAI inferer, default ``SimpleInferer``.
@@ -88,11 +103,12 @@ class BilevelTrainer(Trainer):
         train_data_loader: DataLoader,
         network: nn.Module,
         optimizer: AdamW,
-        upper_optimizer: torch.optim.Optimizer,
+        upper_optimizer: torch.optim.Optimizer | None,
         loss_function: Callable[[Tensor, Tensor], Tensor],
         *,
         upper_data_loader: DataLoader | None = None,
         hypergradient: str = "first_order",
+        alternate: bool = False,
         crossfit: bool = False,
         prepare_batch: Callable[..., tuple[Tensor, Tensor]] = prepare_embedding_batch,
         inferer: Inferer | None = None,
@@ -106,17 +122,26 @@ class BilevelTrainer(Trainer):
         amp: bool = False,
     ) -> None:
         _check_options(hypergradient, crossfit, amp, joint=upper_data_loader is None, device=torch.device(device))
+        if alternate and (upper_data_loader is not None or upper_optimizer is None):
+            raise ValueError("alternate: the levels take turns on one batch; give an upper optimizer, no upper loader.")
+        self.shared = getattr(network, "shared", False)
+        if hypergradient != "first_order" and self.shared:
+            raise ValueError(
+                f"hypergradient: {hypergradient} takes one task at a time, and these tasks share trained tensors; use "
+                "first_order."
+            )
         self.network = network
         self.optimizer = optimizer  # this name, because MONAI's handlers read its learning rate
         self.upper_optimizer = upper_optimizer
         self.loss_function = loss_function
         self.upper_data_loader = upper_data_loader
         self.hypergradient = hypergradient
-        self.crossfit = crossfit
+        self.alternate, self.crossfit = alternate, crossfit
         self.inferer = SimpleInferer() if inferer is None else inferer
         self.autocast = amp
         self.theta, self.phi = _variables(optimizer), _variables(upper_optimizer)
-        if not self.theta or not self.phi or {id(p) for p in self.theta} & {id(p) for p in self.phi}:
+        missing = not self.theta or not (self.phi or upper_data_loader is None)
+        if missing or {id(p) for p in self.theta} & {id(p) for p in self.phi}:
             raise ValueError(
                 f"optimizer, upper_optimizer: their parameter sets ({len(self.theta)} and {len(self.phi)} tensors) "
                 "must be disjoint and not empty."
@@ -159,15 +184,16 @@ class BilevelTrainer(Trainer):
         self.state.output = output
 
         step = self._lower_step(lower, output, joint=upper is None)
-        if upper is not None:
-            result = METHODS[self.hypergradient](lambda: self._loss(*upper)[1], self.phi, step)
-            _set_gradients(self.phi, result.gradient)
-            output[UPPER_LOSS] = result.upper_loss.mean()
-        output["hypergradient_norm"] = task_norm([p.grad for p in self.phi if p.grad is not None]).mean()
-        self.fire_event(BilevelEvents.UPPER_BACKWARD_COMPLETED)
-        self.upper_optimizer.step()
-        self.fire_event(BilevelEvents.UPPER_STEP_COMPLETED)
-        output["prompt_norm"] = task_norm(self.prompt).mean()
+        if self.upper_optimizer is not None:
+            if upper is not None:
+                result = METHODS[self.hypergradient](lambda: self._loss(*upper)[1], self.phi, step)
+                _set_gradients(self.phi, result.gradient)
+                output[UPPER_LOSS] = result.upper_loss.mean()
+            output["hypergradient_norm"] = self._norm([p.grad for p in self.phi if p.grad is not None])
+            self.fire_event(BilevelEvents.UPPER_BACKWARD_COMPLETED)
+            self.upper_optimizer.step()
+            self.fire_event(BilevelEvents.UPPER_STEP_COMPLETED)
+            output["prompt_norm"] = self._norm(self.prompt)
         self.fire_event(IterationEvents.MODEL_COMPLETED)
         return self.state.output
 
@@ -184,7 +210,8 @@ class BilevelTrainer(Trainer):
         output[CommonKeys.LOSS] = losses.detach().mean()
         self.fire_event(IterationEvents.LOSS_COMPLETED)
         wanted = [*theta, *self.phi] if joint else theta
-        gradients = torch.autograd.grad(losses.sum(), wanted, create_graph=exact)
+        # What a batch does not touch (an auxiliary head, the gates of another level) has a gradient of zero.
+        gradients = torch.autograd.grad(losses.sum(), wanted, create_graph=exact, materialize_grads=True)
         _set_gradients([*self.theta, *self.phi] if joint else self.theta, gradients)
         self.fire_event(IterationEvents.BACKWARD_COMPLETED)
         self.optimizer.step()
@@ -198,7 +225,7 @@ class BilevelTrainer(Trainer):
             jacobian=adamw_jacobian(self.optimizer, self.theta) if needs_jacobian else [],
         )
 
-    def _loss(self, inputs: Tensor, label: Tensor, theta: Iterable[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    def _loss(self, inputs: Any, label: Tensor, theta: Iterable[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Logits (B, T, h, w) and the loss of each task (T,), at the present parameters or with another theta."""
         network: Callable[..., Tensor] = self.network
         if theta is not None:
@@ -212,13 +239,17 @@ class BilevelTrainer(Trainer):
         pred = pred.float() if self.autocast else pred
         return pred, self.loss_function(pred, label)
 
+    def _norm(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Euclidean norm, the mean over tasks; of tensors that tasks share, of all of them together."""
+        return task_norm([t[None] for t in tensors] if self.shared else tensors).mean()
+
     def _prepare(self, batchdata: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return self.prepare_batch(batchdata, self.state.device, self.non_blocking, **self.to_kwargs)
 
     def _roles(self, lower: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
         """The batches of the lower and upper level; none for the upper level in joint training."""
         if self.upper_data_loader is None:
-            return lower, None
+            return lower, lower if self.alternate else None
         if self._upper_stream is None:
             self._upper_stream = _walk_for_ever(self.upper_data_loader, skip=self.state.iteration - 1)
         upper = self._prepare(next(self._upper_stream))
@@ -238,8 +269,8 @@ def _walk_for_ever(loader: DataLoader, *, skip: int) -> Iterator[dict[str, Tenso
         yield from islice(loader, offset if number == first else 0, None)
 
 
-def _variables(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
+def _variables(optimizer: torch.optim.Optimizer | None) -> list[nn.Parameter]:
+    return [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _set_gradients(parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor]) -> None:

@@ -13,7 +13,6 @@ from ignite.engine import Engine, EventEnum
 from monai.engines import Evaluator
 from monai.inferers import Inferer
 from monai.utils.enums import CommonKeys
-from torch import nn
 
 from blosam_monai.errors import one_line, root_cause, tell
 from blosam_monai.outputs import Output, ResultExistsError
@@ -71,7 +70,7 @@ class CaseEvaluator(Evaluator):
         self,
         device: torch.device | str,
         val_data_loader: Iterable,
-        network: nn.Module,
+        network: Any,
         inferer: Inferer,
         *,
         preprocessing: Callable[[Mapping], dict],
@@ -113,6 +112,8 @@ class CaseEvaluator(Evaluator):
             item = self.preprocessing(given)
             with self.mode(self.network):
                 where = {"spacing": item["spacing"].tolist(), "slice_axis": item["slice_axis"]}
+                if self.network.prompted:
+                    where["label"] = item.get(CommonKeys.LABEL)
                 item[CommonKeys.PRED] = self.inferer(item[CommonKeys.IMAGE], self.network, **where)
             item = self.case_postprocessing(item)
         except Exception as raised:  # whatever is wrong with one case, the others are not

@@ -1,12 +1,14 @@
-"""Trained adapters on disk: about 1 MB a task, safetensors, no pickle, with the settings that rebuild the network.
+"""Trained segmenters on disk: what was trained (of BLO-SAM 1 MB a task), and the settings that rebuild the rest.
 
-``<name>.safetensors`` is complete in itself: its header carries the settings as JSON. ``<name>.json`` beside it is a
-copy for people and other tools.
+Nothing is pickled. ``<name>.safetensors`` is complete in itself: its header carries the settings as JSON.
+``<name>.json`` beside it is a copy for people and other tools.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,18 @@ from safetensors.torch import save
 from torch import Tensor
 
 from blosam_monai.files import PathLike, atomic
+from blosam_monai.networks.few_shot.segmenter import FewShotNet
 from blosam_monai.networks.prompt_sam import PromptSam
+from blosam_monai.networks.prompted_sam import PromptedSam
 from blosam_monai.networks.sam import RANDOM
+from blosam_monai.networks.segmenter import Segmenter
+from blosam_monai.networks.supervised import SupervisedNet
 
 _HEADER = "blosam_monai"
+NETWORKS: dict[str, type[Segmenter]] = {n.NAME: n for n in (PromptSam, PromptedSam, FewShotNet, SupervisedNet)}
 # What a network without adapters is: lets tools look at the network of a bundle that is not trained yet.
 UNTRAINED = {
+    "network": PromptSam.NAME,
     "sam_model": "tiny",
     "sam_weights": RANDOM,
     "image_size": 256,
@@ -29,6 +37,10 @@ UNTRAINED = {
     "prompt": "dense",
     "head": "sam",
     "lora_rank": 4,
+    "train_decoder": "lora",
+    "train_encoder": "frozen",
+    "encoder_rank": 4,
+    "mask_prompt": False,
     "preprocess": "sam",
     "labels": {"background": 0, "foreground": 1},
     "label_coding": "index",
@@ -70,31 +82,44 @@ def read_settings(path: PathLike) -> dict[str, Any]:
     return read_adapters(path)[1] if Path(path).is_file() else dict(UNTRAINED)
 
 
-def load_prompt_sam(
-    path: PathLike,
-    sam_checkpoint: PathLike | None = None,
-    *,
-    into: PromptSam | None = None,
-) -> PromptSam:
-    """The trained network in evaluation mode, rebuilt from its adapters and the SAM they were trained on.
+def build_network(settings: Mapping[str, Any], sam_checkpoint: PathLike | None = None) -> Segmenter:
+    """The network that the settings of a model describe, as before its training.
 
     Args:
-        path: the adapters.
+        settings: see ``read_settings``; those of a model of an earlier version lack what it did not know.
         sam_checkpoint: see ``build_sam``.
-        into: a network to fill instead of building one.
+
+    Raises:
+        ValueError: a network that this version does not know.
+    """
+    name = settings.get("network", PromptSam.NAME)
+    if name not in NETWORKS:
+        raise ValueError(f"network: {name!r} is not one of {', '.join(NETWORKS)}; the model is of a newer version.")
+    arguments = inspect.signature(NETWORKS[name]).parameters
+    given = {key: value for key, value in settings.items() if key in arguments and key != "seed"}
+    if "sam_checkpoint" in arguments:
+        unasked = sam_checkpoint is None and settings.get("sam_weights") == RANDOM
+        given["sam_checkpoint"] = RANDOM if unasked else sam_checkpoint
+    return NETWORKS[name](**given)
+
+
+def load_network(path: PathLike, sam_checkpoint: PathLike | None = None, *, into: Segmenter | None = None) -> Segmenter:
+    """The trained network in evaluation mode, rebuilt from what was trained and the SAM it was trained on.
+
+    Args:
+        path: the file that ``save_adapters`` wrote.
+        sam_checkpoint: see ``build_sam``.
+        into: a network of ``build_network`` to fill instead of building one.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: another network, or other SAM weights than those the adapters were trained on.
     """
     state, settings = read_adapters(path)
-    if settings["sam_weights"] == RANDOM and sam_checkpoint is None:
-        sam_checkpoint = RANDOM
-    own = {key: settings[key] for key in UNTRAINED if key in PromptSam.SETTINGS}
-    network = into or PromptSam(sam_checkpoint=sam_checkpoint, **own)
-    for key, value in own.items():
-        if network.settings[key] != value:
-            raise ValueError(f"{key}: {path} was trained with {value!r}, found {network.settings[key]!r}; drop {key}.")
+    network = into or build_network(settings, sam_checkpoint)
+    for key, value in network.settings.items():
+        if settings.get(key, value) != value:
+            raise ValueError(f"{key}: {path} was trained with {settings[key]!r}, found {value!r}; drop {key}.")
     if network.sam_weights != settings["sam_weights"]:
         raise ValueError(
             f"sam_checkpoint: {path} was trained on SAM weights {settings['sam_weights'][:12]}, these are "
@@ -104,7 +129,7 @@ def load_prompt_sam(
     return network.eval()
 
 
-def export_model_pt(path: PathLike, network: PromptSam) -> None:
+def export_model_pt(path: PathLike, network: Segmenter) -> None:
     """Write the adapters as the ``model.pt`` that ``monai.bundle.load`` and MONAI Label look for.
 
     The one file in a pickle's wrapping, for tools that read no other: plain tensors under the names of ``network``'s

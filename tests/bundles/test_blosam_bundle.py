@@ -16,7 +16,7 @@ from monai.bundle import ConfigWorkflow, load, verify_metadata, verify_net_in_ou
 from PIL import Image
 
 from blosam_monai.__main__ import BUNDLE
-from blosam_monai.networks.adapters import export_model_pt, load_prompt_sam
+from blosam_monai.networks.adapters import export_model_pt, load_network
 
 CONFIGS = BUNDLE / "configs"
 
@@ -157,7 +157,7 @@ def test_load_gives_the_trained_network(trained, tmp_path):
     bundle = tmp_path / "blosam"
     shutil.copytree(BUNDLE, bundle)
     shutil.copy(trained / "models" / "model.safetensors", bundle / "models")
-    expected = load_prompt_sam(bundle / "models" / "model.safetensors")
+    expected = load_network(bundle / "models" / "model.safetensors")
     export_model_pt(bundle / "models" / "model.pt", expected)
     args = tmp_path / "args.json"
     args.write_text(json.dumps({"bundle_root": str(bundle)}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -46,6 +47,14 @@ def test_the_commands_leave_a_model_scores_masks_and_a_report(after_the_readme):
     assert len(list((after_the_readme / "my_masks").glob("*.png"))) == 16
     assert (after_the_readme / "my_run" / "report.html").is_file()
     assert (after_the_readme / "bundle_run" / "models" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_commands_leave_another_methods_model_and_a_table_of_three(after_the_readme):
+    assert (after_the_readme / "my_linear_probe" / "models" / "model.safetensors").is_file()
+    with (after_the_readme / "study" / "table.csv").open(newline="", encoding="utf-8") as file:
+        methods = {row["method"] for row in csv.DictReader(file)}
+    assert methods == {"blosam", "joint", "linear_probe"}
 
 
 @pytest.mark.slow

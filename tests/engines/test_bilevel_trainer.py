@@ -254,6 +254,7 @@ def configured_handlers(decoder: PromptDecoder, iterations: int, **overrides):
     parser = ConfigParser()
     parser.read_config(BUNDLE / "configs" / "train.json")
     parser.update({"theta": decoder.lower_parameters(), "phi": decoder.upper_parameters(), "iterations": iterations})
+    parser["optimizer#params"], parser["upper_optimizer#params"] = "@theta", "@phi"  # without gates, as they are
     parser.update(overrides)
     handlers = [parser.get_parsed_content(f"train#handlers#{i}") for i in range(2)]
     return parser.get_parsed_content("optimizer"), parser.get_parsed_content("upper_optimizer"), handlers

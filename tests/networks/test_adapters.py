@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from blosam_monai.networks.adapters import (
     export_model_pt,
-    load_prompt_sam,
+    load_network,
     read_adapters,
     read_settings,
     save_adapters,
@@ -106,7 +106,7 @@ def test_a_failed_save_keeps_the_old_file_and_leaves_no_piece(tmp_path):
 @pytest.mark.parametrize(("prompt", "head"), [("dense", "sam"), ("both:2", "two_token"), ("sparse:1", "sam")])
 def test_a_loaded_network_gives_the_same_logits(tmp_path, prompt, head):
     network = trained(prompt=prompt, head=head).eval()
-    loaded = load_prompt_sam(save(network, tmp_path / "model.safetensors"))
+    loaded = load_network(save(network, tmp_path / "model.safetensors"))
     image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert torch.equal(loaded(image), network(image))
@@ -115,7 +115,7 @@ def test_a_loaded_network_gives_the_same_logits(tmp_path, prompt, head):
 
 def test_adapters_fill_a_network_that_is_there(saved):
     network = PromptSam("tiny", 64, "random", ("lung", "heart"))
-    assert load_prompt_sam(saved, into=network) is network
+    assert load_network(saved, into=network) is network
     assert torch.equal(network.decoder.phi["dense_prompt"], trained().decoder.phi["dense_prompt"])
 
 
@@ -131,7 +131,7 @@ def test_without_a_file_the_settings_are_those_of_an_untrained_network(tmp_path)
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.safetensors does not exist"):
-        load_prompt_sam(tmp_path / "none.safetensors")
+        load_network(tmp_path / "none.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -148,19 +148,19 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_damaged_file_is_refused_by_name(saved, tmp_path, spoil):
     (tmp_path / "broken.safetensors").write_bytes(spoil(saved.read_bytes()))
     with pytest.raises(ValueError, match=r"broken\.safetensors is damaged or not a model of blosam_monai"):
-        load_prompt_sam(tmp_path / "broken.safetensors")
+        load_network(tmp_path / "broken.safetensors")
 
 
 def test_a_pickle_is_refused_by_name(tmp_path):
     torch.save(trained().decoder.adapter_state(), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged or not a model of blosam_monai"):
-        load_prompt_sam(tmp_path / "model.safetensors")
+        load_network(tmp_path / "model.safetensors")
 
 
 def test_safetensors_of_another_program_are_refused_by_name(tmp_path):
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"other\.safetensors is damaged or not a model of blosam_monai"):
-        load_prompt_sam(tmp_path / "other.safetensors")
+        load_network(tmp_path / "other.safetensors")
 
 
 def test_other_sam_weights_are_refused_with_both_hashes(tmp_path):
@@ -171,7 +171,7 @@ def test_other_sam_weights_are_refused_with_both_hashes(tmp_path):
     other = build_sam("tiny", 64, tmp_path / "second.pth")
     path = save(network, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=rf"{network.sam_weights[:12]}, these are {other.weights[:12]}"):
-        load_prompt_sam(path, tmp_path / "second.pth")
+        load_network(path, tmp_path / "second.pth")
 
 
 @pytest.mark.parametrize(("checkpoint", "weights"), [("random", "random"), (None, TINY_SHA256[:12])])
@@ -179,19 +179,19 @@ def test_random_weights_and_those_of_the_package_are_refused_for_adapters_of_a_f
     torch.save(build_sam("tiny", 64, "random").state_dict(), tmp_path / "sam.pth")
     path = save(trained(checkpoint=tmp_path / "sam.pth"), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=f"these are {weights}; give the checkpoint it was trained on"):
-        load_prompt_sam(path, checkpoint)
+        load_network(path, checkpoint)
 
 
 def test_random_weights_are_refused_for_adapters_of_the_package(tmp_path):
     path = save(trained(checkpoint=None), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=f"was trained on SAM weights {TINY_SHA256[:12]}, these are random; give"):
-        load_prompt_sam(path, "random")
+        load_network(path, "random")
 
 
 @pytest.mark.parametrize("checkpoint", ["random", None])
 def test_adapters_find_the_weights_of_tiny_that_they_were_trained_on(tmp_path, checkpoint):
     network = trained(checkpoint=checkpoint)
-    loaded = load_prompt_sam(save(network, tmp_path / "model.safetensors"))
+    loaded = load_network(save(network, tmp_path / "model.safetensors"))
     assert loaded.sam_weights == network.sam_weights == (checkpoint or TINY_SHA256)
 
 
@@ -207,7 +207,7 @@ def test_adapters_find_the_weights_of_tiny_that_they_were_trained_on(tmp_path, c
 def test_a_network_with_another_setting_is_refused_naming_it(saved, option, value, message):
     arguments = {"image_size": 64, "sam_checkpoint": "random", "tasks": ("lung", "heart"), option: value}
     with pytest.raises(ValueError, match=message):
-        load_prompt_sam(saved, into=PromptSam("tiny", **arguments))
+        load_network(saved, into=PromptSam("tiny", **arguments))
 
 
 # The file for monai.bundle.load
@@ -239,5 +239,5 @@ def test_a_sparse_prompt_of_any_seed_comes_back_as_the_same_network(tmp_path, pr
     save_adapters(tmp_path / "model.safetensors", network.decoder.adapter_state(), settings)
     embedding = torch.randn(1, 128, 8, 8)
     with torch.no_grad():
-        again = load_prompt_sam(tmp_path / "model.safetensors").decode(embedding)
+        again = load_network(tmp_path / "model.safetensors").decode(embedding)
         assert torch.equal(again, network.decode(embedding))

@@ -231,7 +231,7 @@ def test_weight_decay_pulls_the_prompt_to_sams_no_mask_embedding(small_sam):
 
 @pytest.mark.parametrize("prompt", ["points", "sparse", "sparse:0", "both:-1", "both:x", "dense:2", ""])
 def test_an_unknown_prompt_is_refused(small_sam, prompt):
-    with pytest.raises(ValueError, match=rf"prompt: '{prompt}' is not dense, sparse:n or both:n"):
+    with pytest.raises(ValueError, match=rf"prompt: '{prompt}' is not dense, none, sparse:n or both:n"):
         TaskDecoder(small_sam, prompt=prompt)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from blosam_monai.networks.adapters import build_network
 from blosam_monai.networks.prompt_sam import PromptSam
 from blosam_monai.networks.sam import build_sam, import_segment_anything
 
@@ -146,7 +147,7 @@ def test_merging_a_task_of_another_name_is_refused():
 
 def test_the_settings_rebuild_the_network():
     network = PromptSam("tiny", 64, "random", ["lung"], prompt="both:2", head="two_token", lora_rank=2)
-    again = PromptSam(sam_checkpoint="random", **network.settings)
+    again = build_network(network.settings, "random")
     shapes = [{name: value.shape for name, value in n.state_dict().items()} for n in (network, again)]
     assert shapes[0] == shapes[1]
     assert again.settings == network.settings

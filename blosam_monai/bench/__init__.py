@@ -1,0 +1,1 @@
+"""Grids of methods, data and draws, and what they say."""

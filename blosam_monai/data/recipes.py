@@ -1,0 +1,69 @@
+"""Recipes: how a public data set is laid out, paired and tested, as options of ``blosam datalist`` in a JSON file."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from blosam_monai.files import PathLike
+
+# Options of `blosam datalist` that a recipe sets, and two keys that it hands on to the data list.
+_OPTIONS: dict[str, type] = {
+    **dict.fromkeys(("name", "description", "license"), str),
+    **dict.fromkeys(("images", "labels", "image_suffix", "label_suffix", "subject", "support", "label_coding"), str),
+    **dict.fromkeys(("label_names", "snomed"), dict),
+    **dict.fromkeys(("n_testing", "n_validation", "slices_per_volume", "channel"), int),
+    **{"slice_axis": str, "window": object, "allow": list, "shared_subjects": bool},
+}
+# Keys that are for people: where the data are, what the folders must hold, and what the paper did with them.
+_INFORMATION: dict[str, type] = {"url": str, "layout": list, "prepare": str, "paper": dict, "folds": dict}
+_NEEDED = ("name", "images", "labels")
+_KINDS = {str: "text", dict: "an object", int: "a whole number", list: "a list", bool: "true or false"}
+
+
+def read_recipe(path: PathLike, dataset_dir: PathLike = ".") -> dict[str, Any]:
+    """The options of ``blosam datalist`` that a recipe stands for, and its ``description`` and ``license``.
+
+    Args:
+        path: the JSON file; its keys are described in ``data_lists/README.md``.
+        dataset_dir: folder that the recipe's ``images`` and ``labels`` are in; they come back joined to it.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, not JSON, a key that is unknown, of another type or missing.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"recipe: {path} does not exist; those of the papers are in data_lists/.")
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe: {path} is not JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"recipe: {path} holds no JSON object.")
+    _check_keys(content, path)
+    recipe = {key: value for key, value in content.items() if key in _OPTIONS}
+    for key in ("images", "labels"):
+        recipe[key] = str(Path(dataset_dir, recipe[key]))
+    return recipe
+
+
+def _check_keys(content: dict[str, Any], path: PathLike) -> None:
+    """A recipe's keys are a closed list: one that is passed over would change the draw unseen."""
+    known = {**_OPTIONS, **_INFORMATION}
+    for key, value in content.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}."
+            raise ValueError(f"{path}: a recipe has no key {key!r}; {hint}")
+        if known[key] is not object and type(value) is not known[key]:
+            raise ValueError(f"{path}: {key} is {value!r}, not {_KINDS[known[key]]}; correct the recipe.")
+    for key in _NEEDED:
+        if not content.get(key):
+            raise ValueError(f"{path}: {key} is missing; a recipe needs {', '.join(_NEEDED)}.")
+    for key in ("subject", "support"):
+        try:
+            re.compile(content.get(key, ""))
+        except re.error as error:
+            raise ValueError(f"{path}: {key} {content[key]!r} is not a regular expression ({error}).") from None
