@@ -150,7 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except KeyboardInterrupt:
-        hint = "; --resume true goes on from the last saved state." if options.verb in ("train", "pretrain") else "."
+        resumed = "; --resume true goes on from the last saved state."
+        hint = {"train": resumed, "pretrain": resumed, "bench": "; the same command goes on."}.get(options.verb, ".")
         print(f"blosam: interrupted{hint}", file=sys.stderr)
         return 130
     except Exception as error:

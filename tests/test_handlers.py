@@ -19,7 +19,15 @@ from torch.utils.data import DataLoader
 from blosam_monai.__main__ import main
 from blosam_monai.engines.bilevel_trainer import prepare_embedding_batch
 from blosam_monai.engines.case_evaluator import DONE, FAILED, KEPT, Case
-from blosam_monai.handlers import BestAdapters, CaseTableHandler, CurvesHandler, ManifestHandler, TrainingState
+from blosam_monai.handlers import (
+    AdapterState,
+    BestAdapters,
+    CaseTableHandler,
+    CurvesHandler,
+    ManifestHandler,
+    TrainingState,
+    check_preset,
+)
 from blosam_monai.networks.adapters import read_adapters
 from blosam_monai.networks.prompt_sam import PromptSam
 from blosam_monai.report import collect
@@ -109,6 +117,55 @@ def test_selection_last_takes_the_last_epoch_whatever_the_scores(network, tmp_pa
     run.epoch(2, (0.1, 0.1))
     run.finish()
     assert run.written() == {"lung": {2.0}, "heart": {2.0}}
+
+
+def test_tasks_that_share_tensors_keep_the_epoch_of_their_best_mean(tmp_path):
+    """Means 0.5, 0.6, 0.55; each task's own best would be the first and the second epoch."""
+    network = PromptSam("tiny", 64, "random", tasks=("lung", "heart"), train_encoder="lora", prompt="none")
+    run = ScriptedRun(network, tmp_path / "model.safetensors", selection="validation")
+    for number, dice in ((1, (0.9, 0.1)), (2, (0.4, 0.8)), (3, (0.8, 0.3))):
+        run.epoch(number, dice)
+    run.finish()
+    state, settings = read_adapters(run.path)
+    assert {v for p in state.values() for v in p.unique().tolist()} == {2.0}
+    assert settings["selected_epoch"] == {"lung": 2, "heart": 2}
+    assert settings["selected_dice"] == pytest.approx({"lung": 0.6, "heart": 0.6})
+
+
+def test_the_file_of_learned_ranks_holds_no_gates_and_the_ranks_are_logged(tmp_path, caplog):
+    network = PromptSam("tiny", 64, "random", tasks=("lung", "heart"), train_decoder="gated", lora_rank=3)
+    run = ScriptedRun(network, tmp_path / "model.safetensors", selection="last")
+    run.epoch(2, (0.5, 0.5))
+    gates = [p for name, p in network.decoder.phi.items() if name.endswith("gate")]
+    gates[0].data[0, 1:] = 0  # of three gates the first task keeps one
+    with caplog.at_level(logging.INFO, logger="blosam_monai.handlers"):
+        run.finish()
+    state, settings = read_adapters(run.path)
+    assert not [name for name in state if name.endswith("gate")]
+    assert (settings["train_decoder"], settings["lora_rank"]) == ("lora", [3] * 14)
+    first, *others = [record.getMessage() for record in caplog.records if "effective rank" in record.getMessage()]
+    assert first.endswith(": 1, 3")
+    assert len(others) == 13
+    b = next(value for name, value in state.items() if name.endswith("lora_b"))
+    assert [value.unique().tolist() for value in b[0].unbind(1)] == [[4.0], [0.0], [0.0]]  # B times gate, 2 times 2
+
+
+@pytest.mark.parametrize("how", ["frozen", "lora"])
+def test_the_state_of_a_training_holds_all_that_trains(how):
+    network = PromptSam("tiny", 64, "random", tasks=("lung", "heart"), train_encoder=how)
+    state = {name: value.clone() for name, value in AdapterState(network).state_dict().items()}
+    trained = (*network.lower_parameters(), *network.upper_parameters())
+    assert sum(value.numel() for value in state.values()) == sum(p.numel() for p in trained)
+    for p in trained:
+        p.data += 1
+    AdapterState(network).load_state_dict(state)
+    assert all(torch.equal(value, state[name]) for name, value in AdapterState(network).state_dict().items())
+
+
+def test_a_method_whose_preset_was_not_loaded_is_refused():
+    check_preset("samed", "samed")
+    with pytest.raises(ValueError, match=r"method: samed was asked for, the configs are those of blosam; add configs/"):
+        check_preset("samed", "blosam")
 
 
 @pytest.mark.parametrize("cases", [1, 3])

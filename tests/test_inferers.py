@@ -40,6 +40,7 @@ class CountingNetwork(torch.nn.Module):
     """Stands in for a network of one task: its logit is the gray value; counts calls and slices."""
 
     tasks = ("gray",)
+    prompted = False
 
     def __init__(self):
         super().__init__()
@@ -115,6 +116,51 @@ def test_a_batch_of_cases_is_its_cases(network, volume):
 def test_neighbours_along_one_axis_are_not_averaged_over_three():
     with pytest.raises(ValueError, match="average_axes: the model was trained with neighbours=2 along one axis"):
         SliceStreamInferer(64, average_axes=True, neighbours=2)
+
+
+class PromptedNetwork(torch.nn.Module):
+    """Stands in for an oracle: notes the prompts of every slice, (T, 8)."""
+
+    tasks = ("a", "b")
+    prompted = True
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+        self.prompts = []
+
+    def forward(self, image, prompts):
+        self.prompts.extend(prompts)
+        return image[:, :2]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_a_network_that_takes_prompts_gets_those_of_each_slices_own_label(batch_size):
+    """Slices as large as the input. A block of 3 x 3 moves down by 10 a slice; slice 1 alone shows the second task."""
+    label = torch.zeros(2, 3, 64, 64)
+    for d in range(3):
+        label[0, d, 10 * d + 5 : 10 * d + 8, 20:23] = 1
+    label[1, 1] = label[0, 1]
+    network = PromptedNetwork()
+    volume = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    SliceStreamInferer(64, batch_size=batch_size)(volume, network, label=label)
+    for d, (first, second) in enumerate(network.prompts):
+        top = 10 * d + 5
+        assert first[:2].tolist() == [21, top + 1]  # the middle, x before y
+        assert first[4:].tolist() == [20, top, 22, top + 2]
+        assert torch.equal(second, first) if d == 1 else second.isnan().all()
+    assert len(network.prompts) == 3
+
+
+def test_a_network_that_takes_no_prompts_never_sees_the_label(volume):
+    label = torch.full((1, 5, 20, 30), torch.nan)  # would be an error to look at
+    found = SliceStreamInferer(64)(volume, CountingNetwork(), label=label)
+    assert torch.equal(found, SliceStreamInferer(64)(volume, CountingNetwork()))
+
+
+def test_prompts_of_one_axis_are_not_averaged_over_three(volume):
+    with pytest.raises(ValueError, match="average_axes: prompts from a label belong to one axis"):
+        SliceStreamInferer(64, average_axes=True)(volume, PromptedNetwork(), label=torch.zeros(2, 5, 20, 30))
 
 
 @pytest.mark.gpu

@@ -16,6 +16,7 @@ from blosam_monai.networks.sam import PIXEL_STD, import_segment_anything
 from blosam_monai.transforms import (
     CleanTasksd,
     DecideTasksd,
+    LabelPromptd,
     LabelToGridd,
     LoadCased,
     PreprocessImaged,
@@ -23,6 +24,7 @@ from blosam_monai.transforms import (
     SliceToPictured,
     binarise_tasks,
     input_size,
+    label_to_input,
     merge_tasks,
 )
 
@@ -210,6 +212,31 @@ def test_a_label_is_taken_at_the_middle_of_each_cell_of_the_grid():
     label[0, 5, 1] = 1
     grid = LabelToGridd(16, 4)({"label": label, "input_size": torch.tensor([16, 16])})["label"]
     assert grid.nonzero().tolist() == [[0, 1, 2]]
+
+
+def test_a_label_on_the_input_is_scaled_with_the_picture_and_empty_below_it():
+    """A picture 4 x 8 at S = 16: two pixels of the input for one, and 8 rows that hold nothing."""
+    label = torch.randint(0, 2, (2, 4, 8), generator=torch.Generator().manual_seed(0)).float()
+    found = label_to_input(label, (8, 16), 16)
+    assert torch.equal(found[:, :8], label.repeat_interleave(2, 1).repeat_interleave(2, 2))
+    assert found.shape == (2, 16, 16)
+    assert not found[:, 8:].any()
+
+
+def test_prompts_from_a_label_are_in_pixels_of_the_input():
+    """The pixel at row 1, column 2 of 4 x 8 becomes, at S = 32, rows 4 to 7 and columns 8 to 11."""
+    label = torch.zeros(2, 4, 8)
+    label[0, 1, 2] = 1
+    prompt = LabelPromptd(32, prompted=True)({"label": label, "input_size": torch.tensor([16, 32])})["prompt"]
+    assert prompt.shape == (2, 8)
+    assert prompt[0, :2].tolist() == [9, 5]  # the first of the four in the middle
+    assert prompt[0, 4:].tolist() == [8, 4, 11, 7]
+    assert prompt[1].isnan().all()
+
+
+def test_a_network_without_prompts_gets_none():
+    item = {"label": torch.ones(1, 4, 8), "input_size": torch.tensor([16, 32])}
+    assert LabelPromptd(32, prompted=False)(item) == item
 
 
 # And back

@@ -193,6 +193,7 @@ class _Run:
                 "train#trainer#key_train_metric": None,
                 "train#trainer#postprocessing": None,
                 "train#trainer#decollate": False,
+                **{f"train#{name}#progress": False for name, part in parser.get("train").items() if _is_cached(part)},
             }
         )
         if len(self.draws) > 1:
@@ -298,6 +299,10 @@ class _Encoded(nn.Module):
         """As the network's."""
         found = torch.stack([self.encode({"image": one.cpu()})["embedding"] for one in image]).to(image.device)
         return self.network.decode(found if prompts is None else (found, prompts))
+
+
+def _is_cached(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("_target_") == "CacheDataset"
 
 
 def _dice(pred: Tensor, label: Tensor) -> float:

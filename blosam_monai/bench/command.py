@@ -28,7 +28,7 @@ FIGURES = "figures"
 # What a bench writes into its folder, all of which --overwrite removes.
 _WRITTEN = (
     *(CELLS, FAILED, LISTS, LOCKS, FIGURES, "mlruns", "mlruns.db", "grid_id.txt"),
-    *(CASES, "table.md", "table.tex", "table.csv"),
+    *(CASES, "table.md", "table.tex", "table.csv", "papers.md"),
 )
 
 
@@ -136,6 +136,7 @@ def summarise(grid: Grid, cells: Sequence[Cell], output_dir: PathLike) -> list[P
         output_dir: of the grid.
     """
     from blosam_monai.bench.figures import draw_figures
+    from blosam_monai.bench.paper_tables import write_beside_papers
     from blosam_monai.bench.tables import summarise_grid, write_tables
     from blosam_monai.metrics import write_rows
 
@@ -144,7 +145,7 @@ def summarise(grid: Grid, cells: Sequence[Cell], output_dir: PathLike) -> list[P
     if rows:
         write_rows(Path(output_dir, CASES), rows)
     table = summarise_grid(rows, records, grid.reference, planned=planned)
-    files = write_tables(output_dir, table)
+    files = [*write_tables(output_dir, table), *write_beside_papers(output_dir, table)]
     for name, why_not in draw_figures(table, rows, records, Path(output_dir, FIGURES)).items():
         if why_not is None:
             files.append(Path(output_dir, FIGURES, name))
@@ -165,11 +166,17 @@ def read_results(cells: Sequence[Cell], output_dir: PathLike) -> tuple[list[dict
     rows: list[dict[str, Any]] = []
     records: list[dict[str, Any]] = []
     versions = set()
+    places = list(dict.fromkeys(cell.dataset_dir for cell in cells))
     for cell in folder.finished(cells):
         own, content = folder.load(cell)
         versions.add(content["blosam_monai_version"])
         place = _place(cell) | {"oracle": bool(content["record"].get("oracle"))}
-        rows += [place | {key: value if key in _TEXT else _number(value) for key, value in row.items()} for row in own]
+        # Sets drawn from one folder share their subjects; in another folder the same name is somebody else.
+        whose = {key: f"{places.index(cell.dataset_dir)}/" for key in ("case", "subject")}
+        rows += [
+            place | {k: whose.get(k, "") + value if k in _TEXT else _number(value) for k, value in row.items()}
+            for row in own
+        ]
         records.append(content["record"] | place)
     if len(versions) > 1:
         logger.warning("cells were made by the versions %s of this package.", ", ".join(sorted(versions)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,14 +33,13 @@ def load_head(path: PathLike, network: FewShotNet) -> None:
     state, settings = read_adapters(path)
     if "head_options" not in settings:
         raise ValueError(f"model: {path} holds no few-shot head; give the ckpt_dir of a training of bundles/biopt.")
+    found = json.loads(json.dumps(network.settings))  # tuples as the file has them
     for key in _NEEDED:
-        if settings[key] != network.settings[key]:
-            raise ValueError(
-                f"{key}: {path} was trained with {settings[key]!r}, found {network.settings[key]!r}; drop {key}."
-            )
+        if settings[key] != found[key]:
+            raise ValueError(f"{key}: {path} was trained with {settings[key]!r}, found {found[key]!r}; drop {key}.")
     if settings["sam_weights"] != network.sam_weights:
         raise ValueError(
-            f"sam_checkpoint, features_weights: {path} was trained on weights {settings['sam_weights'][:12]}, these "
+            f"sam_checkpoint: {path} was trained on weights {settings['sam_weights'][:12]}, these "
             f"are {network.sam_weights[:12]}; give the file it was trained on."
         )
     kept = network.decoder.adapter_state()
@@ -62,7 +62,7 @@ def check_train_free(network: FewShotNet) -> None:
 
 
 def scaled_networks(
-    network: FewShotNet, scales: Sequence[float], *, sam_checkpoint: PathLike | None, features_weights: PathLike | None
+    network: FewShotNet, scales: Sequence[float], *, sam_checkpoint: PathLike | None
 ) -> list[Segmenter]:
     """The network at other image sizes, for its features: a test at several scales, as [0.7, 1, 1.3] in BiOpt.
 
@@ -71,7 +71,7 @@ def scaled_networks(
     Args:
         network: with features of one map; the rows of several, as of ``pyramid``, are of one image size.
         scales: of the image size.
-        sam_checkpoint, features_weights: as of the network.
+        sam_checkpoint: that of the network.
 
     Raises:
         ValueError: no scale, one that is not positive, two of the same size, or packed features.
@@ -84,7 +84,7 @@ def scaled_networks(
         raise ValueError(f"scales: {list(scales)} are {sizes} pixels; drop those that are the same.")
     if sizes != [side] and network.settings["features"] == "pyramid":
         raise ValueError("scales: a head on features=pyramid is of one image size; give scales=[1].")
-    own = {**network.settings, "sam_weights": network.sam_weights, "features_weights": features_weights}
+    own = {**network.settings, "sam_weights": network.sam_weights}
     return [
         network if size == side else build_network({**own, "image_size": size}, sam_checkpoint).to(device)
         for size in sizes

@@ -30,7 +30,7 @@ UNTRAINED = {
     "method": "linear_probe",
     "train_also": [],
     "effective_ranks": {},
-    "weights": SCRATCH,
+    "pretrained": SCRATCH,
     "sam_weights": "none",
     "roi_size": 96,
     "pixdim": 1.5,
@@ -53,7 +53,7 @@ class VolumeSegmenter(SwinUNETR):
         seed: of what starts at random.
 
     Attributes:
-        weights: ``scratch`` or the SHA-256 of the checkpoint.
+        pretrained: ``scratch`` or the SHA-256 of the checkpoint.
 
     Raises:
         FileNotFoundError, ValueError: no such checkpoint, or one of another network.
@@ -78,16 +78,16 @@ class VolumeSegmenter(SwinUNETR):
             super().__init__(
                 in_channels=1, out_channels=len(tasks), feature_size=feature_size, use_checkpoint=use_checkpoint
             )
-        self.tasks, self.feature_size, self.weights = list(tasks), feature_size, SCRATCH
+        self.tasks, self.feature_size, self.pretrained = list(tasks), feature_size, SCRATCH
         if checkpoint is None:
             logger.warning("SwinUNETR starts from scratch: the figures of FSEFT and ARENA are of a foundation model.")
         else:
-            state, self.weights = read_weights(checkpoint)
+            state, self.pretrained = read_weights(checkpoint)
             take_weights(self, state, checkpoint, fresh=HEAD)
 
     def kept_state(self) -> dict[str, Tensor]:
         """What a file must hold to rebuild the network: of a pre-trained one what was trained, else everything."""
-        if self.weights == SCRATCH:
+        if self.pretrained == SCRATCH:
             return {name: value.detach() for name, value in self.state_dict().items()}
         return trained_state(self)
 
@@ -120,7 +120,7 @@ def save_adapted(
         "network": UNTRAINED["network"],
         "tasks": network.tasks,
         "feature_size": network.feature_size,
-        "weights": network.weights,
+        "pretrained": network.pretrained,
         "sam_weights": network.sam_weights,
         "effective_ranks": ranks,
     }
@@ -153,10 +153,10 @@ def build_volume_segmenter(settings: Mapping[str, Any], checkpoint: PathLike | N
         ValueError: other weights than those it was trained on.
     """
     network = VolumeSegmenter(settings["tasks"], feature_size=settings["feature_size"], checkpoint=checkpoint)
-    if network.weights != settings["weights"]:
+    if network.pretrained != settings["pretrained"]:
         raise ValueError(
-            f"checkpoint: the model was trained on weights {settings['weights'][:12]}, these are "
-            f"{network.weights[:12]}; give the checkpoint it was trained on."
+            f"checkpoint: the model was trained on weights {settings['pretrained'][:12]}, these are "
+            f"{network.pretrained[:12]}; give the checkpoint it was trained on."
         )
     ranks = list(settings["effective_ranks"].values())
     method = "lora" if ranks else settings["method"]

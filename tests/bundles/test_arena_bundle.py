@@ -18,7 +18,7 @@ from blosam_monai.networks.volume_segmenter import VolumeSegmenter, check_roi, l
 
 BUNDLE = BLOSAM_BUNDLE.parent / "arena"
 CONFIGS = BUNDLE / "configs"
-SMALL = {"roi_size": 64, "feature_size": 12, "crops": 1, "max_epochs": 2, "use_mlflow": False}
+SMALL = {"roi_size": 64, "feature_size": 12, "crops": 1, "max_epochs": 2, "alternate": False, "use_mlflow": False}
 CASES = ("hippocampus_001", "hippocampus_014", "hippocampus_038")
 
 
@@ -123,7 +123,7 @@ def test_it_trains_on_real_volumes_and_says_what_ranks_are_left(trained, checkpo
     assert all(0 <= rank <= 16 for rank in settings["effective_ranks"].values())
     assert settings["method"] == "arena"
     assert settings["gate_penalty"] > 0
-    assert settings["weights"] != "scratch"
+    assert settings["pretrained"] != "scratch"
     # Of feature size 12, decoder tuned: A and B 16 x 4 x 12 x (1 + 2 + 4 + 8) x 2 blocks, 8 x 16 gates; head 12 + 1.
     assert settings["parameters"]["adapter"] == 2 * 16 * 4 * 180 + 128
     assert settings["parameters"]["head"] == 13

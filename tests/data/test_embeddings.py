@@ -70,6 +70,26 @@ def test_the_item_given_is_not_changed():
     assert sorted(item) == ["image", "source"]
 
 
+class TrainedFromTheImage(CountingNetwork):
+    """Stands in for a network that freezes nothing."""
+
+    encoder_id = None
+
+
+def test_of_a_network_that_freezes_nothing_the_image_is_the_embedding():
+    network, image = TrainedFromTheImage(), torch.ones(3, 4, 4)
+    item = EncodeImaged(network)({"image": image, "label": 5})
+    assert sorted(item) == ["embedding", "label"]
+    assert item["embedding"] is image
+    assert network.encoded == 0
+
+
+def test_a_cache_is_refused_where_nothing_can_be_cached(tmp_path):
+    with pytest.raises(ValueError, match=r"cache_dir: .*, but this method trains from the image; leave cache_dir out"):
+        EncodeImaged(TrainedFromTheImage(), tmp_path)
+    assert EncodeImaged(TrainedFromTheImage(), "none").cache is None
+
+
 # Views
 
 

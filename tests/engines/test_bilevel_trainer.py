@@ -22,7 +22,12 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from blosam_monai.__main__ import BUNDLE, main
 from blosam_monai.data.embeddings import StackedDraws
-from blosam_monai.engines.bilevel_trainer import BilevelEvents, BilevelTrainer, prepare_embedding_batch
+from blosam_monai.engines.bilevel_trainer import (
+    BilevelEvents,
+    BilevelTrainer,
+    prepare_embedding_batch,
+    split_variables,
+)
 from blosam_monai.engines.hypergradient import METHODS
 from blosam_monai.losses import TaskDiceCELoss
 from blosam_monai.networks.prompt_decoder import PromptDecoder
@@ -368,6 +373,127 @@ def test_levels_that_share_a_parameter_are_refused(decoder):
     loader = make_loader(make_items(1))
     with pytest.raises(ValueError, match=r"parameter sets \(\d+ and 1 tensors\) must be disjoint"):
         BilevelTrainer("cpu", 1, loader, decoder, lower, upper, TaskDiceCELoss(), upper_data_loader=loader)
+
+
+# One level, and block after block
+
+
+class Product(torch.nn.Module):
+    """Logits theta * phi of one task: with a squared loss every step can be worked out by hand."""
+
+    def __init__(self, *, shared: bool = False) -> None:
+        super().__init__()
+        self.shared = shared
+        self.theta = torch.nn.Parameter(torch.tensor([[1.0]]))
+        self.phi = torch.nn.Parameter(torch.tensor([[2.0]]))
+
+    def forward(self, embedding):
+        return (self.theta * self.phi).expand(len(embedding), 1, 1, 1)
+
+
+def squared_loss(pred, label):
+    return (pred - label).square().mean((0, 2, 3))
+
+
+def train_product(*, alternate: bool, upper: bool = True) -> tuple[float, float, dict]:
+    """Theta, phi and the output after one step of 0.1 on (theta phi - 5)^2 from theta = 1, phi = 2."""
+    network = Product()
+    trainer = BilevelTrainer(
+        "cpu",
+        1,
+        DataLoader([{"embedding": torch.zeros(1), "label": torch.full((1, 1, 1), 5.0)}]),
+        network,
+        torch.optim.SGD([network.theta], lr=0.1),
+        torch.optim.SGD([network.phi], lr=0.1) if upper else None,
+        squared_loss,
+        alternate=alternate,
+        decollate=False,
+    )
+    trainer.run()
+    return network.theta.item(), network.phi.item(), trainer.state.output
+
+
+def test_joint_training_steps_phi_by_its_gradient_at_the_old_theta():
+    """Gradients 2 (1 * 2 - 5) = -6, times phi = 2 for theta, times the old theta = 1 for phi."""
+    theta, phi, _ = train_product(alternate=False)
+    assert (theta, phi) == pytest.approx((1 + 0.1 * 12, 2 + 0.1 * 6))
+
+
+def test_alternating_training_steps_phi_by_its_gradient_at_the_new_theta():
+    """Theta goes to 2.2 as above; there the gradient of phi is 2 (2.2 * 2 - 5) * 2.2 = -2.64."""
+    theta, phi, output = train_product(alternate=True)
+    assert (theta, phi) == pytest.approx((2.2, 2 + 0.1 * 2.64))
+    assert output["loss"].item() == pytest.approx(9)
+    assert output["upper_loss"].item() == pytest.approx(0.36)  # (4.4 - 5)^2
+
+
+def test_joint_training_without_phi_steps_theta_alone():
+    theta, phi, output = train_product(alternate=False, upper=False)
+    assert (theta, phi) == pytest.approx((2.2, 2))
+    assert "prompt_norm" not in output
+
+
+def test_alternating_training_moves_theta_first_and_then_phi(decoder):
+    trainer = make_trainer(decoder, make_items(2), None, alternate=True)
+    assert moved_by_level(trainer, decoder) == ({"theta"}, {"phi"})
+
+
+def test_levels_that_take_turns_need_one_batch_and_two_optimizers(decoder):
+    with pytest.raises(ValueError, match="alternate: the levels take turns on one batch; give an upper optimizer, no"):
+        make_trainer(decoder, make_items(1), make_items(1, seed=1), alternate=True)
+    with pytest.raises(ValueError, match="alternate: the levels take turns on one batch"):
+        train_product(alternate=True, upper=False)
+
+
+@pytest.mark.parametrize("method", ["exact", "finite_difference"])
+def test_second_order_gradients_are_refused_where_tasks_share_tensors(method):
+    network, loader = Product(shared=True), make_loader(make_items(1))
+    levels = [torch.optim.AdamW([network.theta]), torch.optim.AdamW([network.phi])]
+    with pytest.raises(ValueError, match=f"hypergradient: {method} takes one task at a time, .*; use first_order"):
+        BilevelTrainer("cpu", 1, loader, network, *levels, squared_loss, upper_data_loader=loader, hypergradient=method)
+
+
+class Variables:
+    """Stands in for a network: names for its variables."""
+
+    def __init__(self, lower: str, upper: str) -> None:
+        self.lower, self.upper = list(lower), list(upper)
+
+    def lower_parameters(self):
+        return self.lower
+
+    def upper_parameters(self):
+        return self.upper
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper", "levels", "split"),
+    [
+        ("ab", "c", "bilevel", ("ab", "c")),
+        ("ab", "c", "joint", ("ab", "c")),
+        ("ab", "c", "alternate", ("ab", "c")),
+        ("ab", "c", "swap", ("c", "ab")),
+        ("ab", "", "joint", ("ab", "")),
+        ("", "c", "joint", ("c", "")),
+    ],
+)
+def test_variables_are_split_as_the_levels_say(lower, upper, levels, split):
+    assert tuple("".join(part) for part in split_variables(Variables(lower, upper), levels)) == split
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper", "levels", "message"),
+    [
+        ("a", "b", "trilevel", "levels: 'trilevel' is not one of bilevel, joint, alternate, swap"),
+        ("a", "", "bilevel", "levels: bilevel needs variables of both levels, this network has one kind; choose joint"),
+        ("", "b", "alternate", "levels: alternate needs variables of both levels"),
+        ("a", "", "swap", "levels: swap needs variables of both levels"),
+        ("", "", "joint", "levels: this method trains nothing; score it with `blosam bench`"),
+    ],
+)
+def test_variables_that_do_not_suit_the_levels_are_refused(lower, upper, levels, message):
+    with pytest.raises(ValueError, match=message):
+        split_variables(Variables(lower, upper), levels)
 
 
 def test_the_encoder_sees_each_image_and_view_once_in_a_whole_training(tiny_sam, phantoms, tmp_path, monkeypatch):

@@ -11,14 +11,18 @@ from monai.networks.utils import copy_model_state
 from safetensors.torch import load_file, save_file
 
 from blosam_monai.networks.adapters import (
+    build_network,
     export_model_pt,
     load_network,
     read_adapters,
     read_settings,
     save_adapters,
 )
+from blosam_monai.networks.few_shot.segmenter import FewShotNet
 from blosam_monai.networks.prompt_sam import PromptSam
+from blosam_monai.networks.prompted_sam import PromptedSam
 from blosam_monai.networks.sam import TINY_SHA256, build_sam
+from blosam_monai.networks.supervised import SupervisedNet
 
 # A task of tiny, 128 channels wide: low-rank factors 2 r (2 * 256 + 5 * 192) of q and v in seven attentions, upscaling
 # (two transposed convolutions of 2 x 2, a normalisation between), hyper-network, mask token; and the prompt.
@@ -241,3 +245,56 @@ def test_a_sparse_prompt_of_any_seed_comes_back_as_the_same_network(tmp_path, pr
     with torch.no_grad():
         again = load_network(tmp_path / "model.safetensors").decode(embedding)
         assert torch.equal(again, network.decode(embedding))
+
+
+# Other networks
+
+
+def test_a_model_with_learned_ranks_is_kept_as_plain_low_rank_and_predicts_the_same(tmp_path):
+    network = trained(train_decoder="gated", lora_rank=3).eval()
+    for i, (_, gate) in enumerate(item for item in network.decoder.phi.items() if item[0].endswith("gate")):
+        gate.data[0, : i % 4] = 0
+        gate.data[1, :3] *= torch.arange(3) == i % 3
+    state, changed = network.decoder.exported(network.decoder.adapter_state())
+    save_adapters(tmp_path / "model.safetensors", state, {**settings_of(network), **changed})
+    loaded = load_network(tmp_path / "model.safetensors")
+    assert loaded.settings["train_decoder"] == "lora"
+    assert sorted(loaded.settings["lora_rank"]) == sorted(max(3 - i % 4, 1) for i in range(14))
+    image = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(image), network(image), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: PromptedSam("tiny", 64, "random", train_encoder="adapter", train_decoder="full"),
+        lambda: FewShotNet("panet", 64, sam_checkpoint="random", head_options={"projection": 4}),
+        lambda: PromptSam("tiny", 64, "random", train_encoder="lora", train_decoder="full"),
+        lambda: PromptSam("tiny", 64, "random", prompt="none", train_decoder="linear_probe"),
+        lambda: SupervisedNet("dynunet", 64, width=4),
+    ],
+    ids=["prompted_sam", "few_shot", "samed", "linear_probe", "supervised"],
+)
+def test_every_kind_of_network_is_rebuilt_from_its_file(tmp_path, build):
+    network = build()
+    if hasattr(network.decoder, "remember"):
+        network.decoder.remember([{"embedding": torch.randn(128, 8, 8), "label": torch.ones(1, 32, 32)}])
+    for p in network.lower_parameters():
+        p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    loaded = load_network(save(network, tmp_path / "model.safetensors"))
+    assert type(loaded) is type(network)
+    found, expected = loaded.decoder.adapter_state(), network.decoder.adapter_state()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+def test_a_network_of_a_newer_version_is_refused():
+    with pytest.raises(ValueError, match="network: 'mamba' is not one of prompt_sam, prompted_sam, few_shot, superv"):
+        build_network({"network": "mamba"})
+
+
+def test_a_model_of_an_earlier_version_says_no_network_and_is_read_as_one_without_prompts():
+    network = build_network({"sam_model": "tiny", "image_size": 64, "tasks": ["lung"], "sam_weights": "random"})
+    assert type(network) is PromptSam
+    assert network.settings["train_decoder"] == "lora"

@@ -65,7 +65,7 @@ def test_only_a_head_that_learns_nothing_is_used_untrained():
 def test_other_scales_are_the_nearest_multiples_of_32_pixels_with_the_same_weights():
     """0.7, 1 and 1.3 of 128 pixels: 89.6 and 166.4."""
     network = make_network(image_size=128)
-    sizes = scaled_networks(network, [0.7, 1, 1.3], sam_checkpoint="random", features_weights=None)
+    sizes = scaled_networks(network, [0.7, 1, 1.3], sam_checkpoint="random")
     assert [one.image_size for one in sizes] == [96, 128, 160]
     assert sizes[1] is network
     embedding = sizes[0].encode(torch.randn(1, 3, 96, 96))
@@ -82,4 +82,4 @@ def test_other_scales_are_the_nearest_multiples_of_32_pixels_with_the_same_weigh
 )
 def test_scales_that_make_no_sense_are_refused(scales, message):
     with pytest.raises(ValueError, match=message):
-        scaled_networks(make_network(), scales, sam_checkpoint="random", features_weights=None)
+        scaled_networks(make_network(), scales, sam_checkpoint="random")

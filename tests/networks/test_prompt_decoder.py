@@ -305,3 +305,196 @@ def test_what_has_no_place_in_a_plain_sam_is_not_merged(small_sam, prompt, head)
 def test_merging_a_task_that_does_not_exist_is_refused(small_sam, task):
     with pytest.raises(ValueError, match=rf"task {task} does not exist; there are 2"):
         PromptDecoder(small_sam, tasks=2).merge(small_sam, task)
+
+
+# What trains of the transformer
+
+HEAD = {"sam": 1 + 6 + 6, "two_token": 1 + 12 + 6}  # tensors: tokens, hyper-networks, upscaling
+# Of SAM's transformer: two layers of three attentions (four linear layers each), an MLP of two and four norms; a last
+# attention and its norm.
+LINEAR, NORMS, ATTENTIONS = 2 * (3 * 4 + 2) + 4, 2 * 4 + 1, 7
+TRAINED_TENSORS = {
+    "lora": 2 * 2 * ATTENTIONS,
+    "gated": 2 * 2 * ATTENTIONS,
+    "bitfit": LINEAR + NORMS,
+    "affine_norm": 2 * NORMS,
+    "full": 2 * (LINEAR + NORMS),
+}
+MORE_KINDS = [
+    {"train_decoder": "gated", "lora_rank": 3},
+    {"train_decoder": "bitfit"},
+    {"train_decoder": "affine_norm"},
+    {"train_decoder": "full", "head": "two_token"},
+    {"train_decoder": "frozen"},
+    {"mask_prompt": True},
+    {"train_decoder": "gated", "lora_rank": 2, "head": "two_token", "mask_prompt": True, "prompt": "both:2"},
+]
+
+
+def trained_of_the_transformer(decoder: PromptDecoder) -> set[str]:
+    prefix = "theta.transformer."
+    return {name.removeprefix(prefix) for name in decoder.adapter_state() if name.startswith(prefix)}
+
+
+@pytest.mark.parametrize("head", HEAD)
+@pytest.mark.parametrize("kind", TRAINED_TENSORS)
+def test_so_many_tensors_of_transformer_and_head_train(small_sam, kind, head):
+    decoder = PromptDecoder(small_sam, train_decoder=kind, head=head)
+    assert len(trained_of_the_transformer(decoder)) == TRAINED_TENSORS[kind]
+    assert len(decoder.lower_parameters()) == TRAINED_TENSORS[kind] + HEAD[head]
+
+
+def test_bitfit_trains_every_bias_of_sams_transformer(small_sam):
+    transformer = small_sam.mask_decoder.transformer
+    biases = {name for name, _ in transformer.named_parameters() if name.endswith("bias")}
+    assert trained_of_the_transformer(PromptDecoder(small_sam, train_decoder="bitfit")) == biases
+
+
+def test_affine_norm_trains_every_layer_norm_of_sams_transformer(small_sam):
+    modules = small_sam.mask_decoder.transformer.named_modules()
+    norms = {f"{name}.{p}" for name, m in modules if isinstance(m, nn.LayerNorm) for p in ("weight", "bias")}
+    assert trained_of_the_transformer(PromptDecoder(small_sam, train_decoder="affine_norm")) == norms
+
+
+def test_full_trains_all_of_sams_transformer(small_sam):
+    everything = {name for name, _ in small_sam.mask_decoder.transformer.named_parameters()}
+    assert trained_of_the_transformer(PromptDecoder(small_sam, train_decoder="full")) == everything
+
+
+def test_frozen_trains_the_prompt_alone(small_sam):
+    assert sorted(PromptDecoder(small_sam, train_decoder="frozen").adapter_state()) == ["phi.dense_prompt"]
+
+
+def test_gates_are_of_the_upper_level_and_start_at_one(small_sam):
+    decoder = PromptDecoder(small_sam, train_decoder="gated", lora_rank=3, tasks=2)
+    gates = {name: value for name, value in decoder.adapter_state().items() if name.endswith(".gate")}
+    assert len(gates) == 2 * ATTENTIONS
+    assert all(name.startswith("phi.") for name in gates)
+    assert all(torch.equal(value, torch.ones(2, 3)) for value in gates.values())
+
+
+def test_a_mask_prompt_trains_sams_mask_convolutions(small_sam):
+    names = PromptDecoder(small_sam, train_decoder="frozen", mask_prompt=True).adapter_state()
+    convolutions = small_sam.prompt_encoder.mask_downscaling.state_dict()
+    assert {n.removeprefix("theta.mask_convolutions.") for n in names if n.startswith("theta.")} == set(convolutions)
+
+
+def test_no_prompt_leaves_nothing_to_the_upper_level(small_sam, embedding):
+    decoder = PromptDecoder(small_sam, prompt="none")
+    assert decoder.upper_parameters() == []
+    with torch.no_grad():
+        assert torch.equal(decoder(embedding), PromptDecoder(small_sam)(embedding))
+
+
+def test_an_unknown_part_to_train_is_refused(small_sam):
+    with pytest.raises(ValueError, match=r"train_decoder: 'all' is not one of lora, gated, .*, frozen, linear_probe"):
+        TaskDecoder(small_sam, train_decoder="all")
+
+
+@pytest.mark.parametrize("options", MORE_KINDS, ids=lambda options: "-".join(map(str, options.values())))
+def test_two_tasks_at_once_equal_two_separate_decoders_whatever_trains(small_sam, embedding, options):
+    decoder = perturb(PromptDecoder(small_sam, tasks=2, **options)).double()
+    singles = single_tasks(decoder, lambda: PromptDecoder(small_sam, **options).double())
+    with torch.no_grad():
+        together = decoder(embedding.double())
+        apart = torch.cat([single(embedding.double()) for single in singles], 1)
+    assert not torch.equal(together[:, 0], together[:, 1])
+    torch.testing.assert_close(together, apart, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("options", MORE_KINDS, ids=lambda options: "-".join(map(str, options.values())))
+def test_whatever_trains_gets_a_gradient(small_sam, embedding, options):
+    decoder = perturb(PromptDecoder(small_sam, **options))
+    decoder(embedding).square().sum().backward()
+    trained = (*decoder.lower_parameters(), *decoder.upper_parameters())
+    without = {id(p) for p in trained if p.grad is None or not p.grad.any()}
+    # Every key of an attention gets the same product with the key's bias, which the softmax takes out.
+    names = {name for name, p in decoder.named_parameters() if id(p) in without}
+    assert all(name.endswith("k_proj/bias") for name in names)
+
+
+def test_a_mask_prompt_is_sams_second_pass_with_its_own_first_mask(small_sam, embedding):
+    """By SAM's own parts; the embedded mask is added to the no-mask vector, whose place it takes in SAM."""
+    decoder = PromptDecoder(small_sam, prompt="none", mask_prompt=True)
+    start = small_sam.prompt_encoder.no_mask_embed.weight[0]
+    with torch.no_grad():
+        first = sam_logits(small_sam, embedding, torch.empty(0, 256), start)[:, :1]
+        dense = small_sam.prompt_encoder.mask_downscaling(first)
+        expected = small_sam.mask_decoder.predict_masks(
+            image_embeddings=embedding[:1],
+            image_pe=small_sam.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=torch.empty(1, 0, 256),
+            dense_prompt_embeddings=dense + start[:, None, None],
+        )[0][:, 0]
+        found = decoder(embedding)[:1, 0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+# Gates, exported
+
+
+def with_zero_gates(sam) -> PromptDecoder:
+    """Three tasks of rank 4: by name, layer i has i % (t + 2) gates left in task t, in any places; layer 0 has none."""
+    decoder = perturb(PromptDecoder(sam, tasks=3, train_decoder="gated", lora_rank=4))
+    generator = torch.Generator().manual_seed(1)
+    gates = sorted((name, p) for name, p in decoder.phi.items() if name.endswith("gate"))
+    for i, (_, gate) in enumerate(gates):
+        for t in range(3):
+            closed = torch.randperm(4, generator=generator)[i % (t + 2) :]
+            gate.data[t, closed] = 0
+    return decoder
+
+
+def exported(sam, decoder: PromptDecoder) -> tuple[PromptDecoder, dict]:
+    """The decoder that takes what is kept of another, and the settings that changed."""
+    state, changed = decoder.exported(decoder.adapter_state())
+    options = {key: value for key, value in changed.items() if key != "effective_ranks"}
+    plain = PromptDecoder(sam, tasks=decoder.tasks, **options).to(decoder.theta["mask_tokens"].dtype)
+    plain.load_adapter_state(state)
+    return plain, changed
+
+
+def test_what_is_kept_of_gates_computes_the_same_without_them(small_sam, embedding):
+    decoder = with_zero_gates(small_sam).double()
+    plain, _ = exported(small_sam, decoder)
+    assert not [name for name in plain.adapter_state() if name.endswith("gate")]
+    with torch.no_grad():
+        torch.testing.assert_close(plain(embedding.double()), decoder(embedding.double()), atol=1e-12, rtol=0)
+
+
+def test_effective_ranks_count_the_gates_left_of_each_task_and_a_layer_has_the_most_of_any(small_sam):
+    _, changed = exported(small_sam, with_zero_gates(small_sam))
+    modules = small_sam.mask_decoder.transformer.named_modules()
+    layers = [f"transformer.{name}" for name, _ in modules if name.endswith(("q_proj", "v_proj"))]
+    left = {layer: [i % 2, i % 3, i % 4] for i, layer in enumerate(sorted(layers))}
+    assert changed["effective_ranks"] == left
+    assert changed["lora_rank"] == [max(left[layer]) for layer in layers]
+    assert changed["train_decoder"] == "lora"
+
+
+def test_gates_that_are_all_closed_leave_sams_transformer(small_sam):
+    decoder = PromptDecoder(small_sam, train_decoder="gated", lora_rank=2)
+    for name, p in decoder.phi.items():
+        if name.endswith("gate"):
+            p.data.zero_()
+    plain, changed = exported(small_sam, decoder)
+    assert changed["lora_rank"] == [0] * 14
+    assert trained_of_the_transformer(plain) == set()
+
+
+def test_what_has_no_gates_is_kept_as_it_is(small_sam):
+    decoder = PromptDecoder(small_sam)
+    state = decoder.adapter_state()
+    assert decoder.exported(state) == (state, {})
+
+
+@pytest.mark.parametrize("kind", ["gated", "bitfit", "affine_norm", "full"])
+def test_a_merged_task_computes_the_same_whatever_was_trained(small_sam, embedding, kind):
+    decoder = perturb(PromptDecoder(small_sam, train_decoder=kind))
+    merged = copy.deepcopy(small_sam)
+    merged.load_state_dict(decoder.merge(small_sam), strict=True)
+    start = merged.prompt_encoder.no_mask_embed.weight[0]
+    with torch.no_grad():
+        expected = sam_logits(merged, embedding, torch.empty(0, 256), start)[:, 0]
+        found = decoder(embedding)[:1, 0]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)

@@ -151,3 +151,122 @@ def test_the_settings_rebuild_the_network():
     shapes = [{name: value.shape for name, value in n.state_dict().items()} for n in (network, again)]
     assert shapes[0] == shapes[1]
     assert again.settings == network.settings
+
+
+# A trained encoder
+
+TRAINED_ENCODERS = {  # how it trains -> what of a block trains
+    "lora": {"lora_a", "lora_b"},
+    "gated": {"lora_a", "lora_b", "gate"},
+    "adapter": {"weight", "bias"},
+}
+
+
+def with_trained_encoder(how: str, **options) -> PromptSam:
+    return PromptSam("tiny", 64, "random", ("lung", "heart"), train_encoder=how, **options)
+
+
+@pytest.mark.parametrize("how", [*TRAINED_ENCODERS, "full"])
+def test_before_its_first_step_a_trained_encoder_is_sams(how):
+    frozen, image = PromptSam("tiny", 64, "random", ("lung", "heart")), normalised(picture(64))
+    with torch.no_grad():
+        torch.testing.assert_close(with_trained_encoder(how)(image), frozen(image), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("how", [*TRAINED_ENCODERS, "full"])
+def test_the_gradient_reaches_what_trains_in_the_encoder(how):
+    network = perturb(with_trained_encoder(how))
+    network.decoder(normalised(picture(64))).square().sum().backward()
+    trained = {name: p for name, p in network.sam.image_encoder.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None and p.grad.any() for p in trained.values())
+    if how == "full":
+        assert len(trained) == len(list(network.sam.image_encoder.parameters()))
+    else:
+        assert {name.rpartition(".")[2] for name in trained} == TRAINED_ENCODERS[how]
+
+
+def test_gates_of_the_encoder_are_of_the_upper_level_with_the_decoders():
+    network = with_trained_encoder("gated", train_decoder="gated", lora_rank=2)
+    gates = {id(p) for p in network.gate_parameters()}
+    assert len(gates) == len(network.sam.image_encoder.blocks) + 14
+    assert gates <= {id(p) for p in network.upper_parameters()}
+    assert not gates & {id(p) for p in network.lower_parameters()}
+
+
+@pytest.mark.parametrize("how", [*TRAINED_ENCODERS, "full"])
+def test_a_trained_encoder_comes_back_with_the_decoders(how):
+    network, again = perturb(with_trained_encoder(how)), with_trained_encoder(how)
+    again.decoder.load_adapter_state(network.decoder.adapter_state())
+    image = normalised(picture(64))
+    with torch.no_grad():
+        assert torch.equal(again(image), network(image))
+
+
+def test_a_state_without_the_encoders_tensors_is_refused():
+    state = PromptSam("tiny", 64, "random", ("lung", "heart")).decoder.adapter_state()
+    with pytest.raises(ValueError, match=r"adapters: these tensors differ from the network's: \['encoder\."):
+        with_trained_encoder("lora").decoder.load_adapter_state(state)
+
+
+def test_the_embedding_of_a_trained_encoder_is_the_image():
+    network, image = with_trained_encoder("lora"), normalised(picture(64))
+    assert network.encode(image) is image
+    assert network.encoder_id is None
+    assert network.decoder.shared
+
+
+def test_the_seed_decides_where_the_encoders_updates_start():
+    states = [with_trained_encoder("lora", seed=seed).decoder.adapter_state() for seed in (1, 1, 2)]
+    name = next(name for name in states[0] if name.startswith("encoder.") and name.endswith("lora_a"))
+    assert torch.equal(states[0][name], states[1][name])
+    assert not torch.equal(states[0][name], states[2][name])
+
+
+def test_a_trained_encoder_fits_no_plain_sam():
+    with pytest.raises(ValueError, match="merge: only a frozen encoder with SAM's own decoder fits a plain SAM"):
+        with_trained_encoder("lora").merge()
+
+
+def test_gates_of_the_encoder_are_kept_as_plain_low_rank_that_computes_the_same():
+    """Of two gates a block closes one, the other, both or none."""
+    network = perturb(with_trained_encoder("gated", train_decoder="gated", lora_rank=2))
+    gates = [layer.gate for layer in network.sam.image_encoder.modules() if hasattr(layer, "gate")]
+    closed = [(0,), (1, 2), (0, 1, 2, 3), (), (3,), (2, 3)]  # of q, q, v, v
+    for gate, places in zip(gates, closed, strict=True):
+        gate.data[list(places)] = 0
+    state, changed = network.decoder.exported(network.decoder.adapter_state())
+    assert changed["encoder_rank"] == [1, 2, 1, 1, 0, 0, 2, 2, 2, 1, 2, 0]
+    options = {key: value for key, value in changed.items() if key != "effective_ranks"}
+    plain = build_network({**network.settings, **options}, "random")
+    plain.decoder.load_adapter_state(state)
+    image = normalised(picture(64))
+    with torch.no_grad():
+        torch.testing.assert_close(plain(image), network(image), atol=1e-5, rtol=0)
+
+
+def test_settings_of_a_trained_encoder_rebuild_the_network():
+    network = with_trained_encoder("adapter", train_decoder="full")
+    again = build_network(network.settings, "random")
+    assert again.decoder.adapter_state().keys() == network.decoder.adapter_state().keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_encoder": "all"}, "train_encoder: 'all' is not one of frozen, lora, gated, adapter, full"),
+        ({"train_encoder": "lora", "encoder_rank": [4] * 3}, "lora_rank: 3 ranks given for 6 layers of 2 blocks"),
+        ({"train_decoder": "linear_probe"}, "prompt: a linear_probe has none; give prompt=none"),
+        ({"train_decoder": "linear_probe", "prompt": "none", "mask_prompt": True}, "a linear_probe has none"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        PromptSam("tiny", 64, "random", **options)
+
+
+def test_a_linear_probe_stands_in_the_place_of_sams_decoder():
+    network = PromptSam("tiny", 64, "random", ("lung", "heart"), prompt="none", train_decoder="linear_probe")
+    encoder = sum(p.numel() for p in network.sam.image_encoder.parameters())
+    assert network.count_parameters() == (2 * 129, encoder + 2 * 129)
+    with torch.no_grad():
+        assert network(normalised(picture(64))).shape == (1, 2, 64, 64)

@@ -114,5 +114,5 @@ def test_gates_are_those_that_train():
 def test_a_network_that_takes_prompts_segments_nothing_without():
     network = Small()
     network.prompted = True
-    with pytest.raises(ValueError, match="it takes its prompts from labels .an oracle., and segments nothing without"):
+    with pytest.raises(ValueError, match=r"takes its prompts from labels \(an oracle\), and segments nothing without"):
         network(torch.zeros(1, 3, 4, 4))

@@ -86,8 +86,9 @@ class FewShotNet(Segmenter):
 
     @cached_property
     def encoder_id(self) -> str:  # type: ignore[override]
-        """SHA-256 of the features' weights."""
-        return hash_weights(self.features)
+        """SHA-256 of the features' weights and, of a ResNet-50, which layers they are."""
+        layers = "" if self.settings["features"] == SAM_FEATURES else f"{self.settings['features']} "
+        return f"{layers}{hash_weights(self.features)}"
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
