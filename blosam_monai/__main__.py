@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import logging
 import math
 import re
 import shlex
@@ -398,6 +399,7 @@ def _run_bundle(files: Sequence[str], workflow_type: str, overrides: dict[str, A
     from monai.bundle import ConfigWorkflow
 
     configs = BUNDLE / "configs"
+    logging.getLogger("monai.bundle.workflows").setLevel(logging.ERROR)  # that presets lie in a folder of their own
     workflow = ConfigWorkflow(
         config_file=[str(configs / file) for file in files],
         meta_file=str(configs / "metadata.json"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,19 +58,61 @@ def compose_config(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     check_method(name)
     files = [str(CONFIGS / "train.json"), str(CONFIGS / "methods" / f"{name}.json")]
     config: dict[str, Any] = ConfigParser.load_config_files(files)
-    _check_read(config, name, overrides)
+    unknown = [key for key in overrides if key not in config]
     config.update(overrides)
+    for key in overrides:
+        if key in unknown or not _is_read(config, key):
+            raise ValueError(f"{key}: the method {name} does not use it; leave it out.")
     if config.get("features", "sam") != "sam" and config["preprocess"] == "paper":
         raise ValueError("preprocess: a ResNet-50 needs ImageNet's normalisation, which `sam` has; leave `paper` out.")
     return config
 
 
-def _check_read(config: Mapping[str, Any], name: str, keys: Iterable[str]) -> None:
-    """Refuse keys that are not in the configuration, or that nothing in it reads."""
-    text = json.dumps({key: value for key, value in config.items() if key not in _RECORDS})
-    for key in keys:
-        if key not in config or not (key in _RUN_BY_MONAI or re.search(rf"@{re.escape(key)}\b", text)):
-            raise ValueError(f"{key}: the method {name} does not use it; leave it out.")
+def used_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the values of all keys of a training, those that its method reads: what a record of it should speak of.
+
+    Args:
+        options: with ``method``.
+    """
+    config = {**compose_config(options["method"], {}), **options}
+    return {key: value for key, value in options.items() if _is_read(config, key)}
 
 
+def _is_read(config: Mapping[str, Any], key: str) -> bool:
+    """Whether anything in a configuration reads a key."""
+    if key in _RUN_BY_MONAI:
+        return True
+    text = json.dumps({k: v for k, v in config.items() if k not in _RECORDS}, default=str)
+    return re.search(rf"@{re.escape(key)}\b", text) is not None and (key not in _READ_IF or _READ_IF[key](config))
+
+
+def _low_rank(config: Mapping[str, Any], part: str) -> bool:
+    return config[part] in ("lora", "gated")
+
+
+def _gated(config: Mapping[str, Any]) -> bool:
+    return "gated" in (config["train_decoder"], config["train_encoder"])
+
+
+def _has_upper(config: Mapping[str, Any]) -> bool:
+    """Whether there are variables beside those that ``lower_lr`` moves."""
+    if not config["network_def"]["_target_"].endswith(".PromptSam"):
+        return False
+    lower = (config["train_decoder"], config["train_encoder"]) != ("frozen", "frozen")
+    upper = config["prompt"] != "none" or _gated(config)
+    return config["levels"] != "joint" or (lower and upper)
+
+
+# Keys that a configuration passes on, but that something else in it may make idle.
+_READ_IF: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    "gate_lr": _gated,
+    "gate_penalty": _gated,
+    "lora_rank": lambda c: (
+        _low_rank(c, "train_decoder") or (_low_rank(c, "train_encoder") and c["encoder_rank"] is None)
+    ),
+    "encoder_rank": lambda c: _low_rank(c, "train_encoder"),
+    "head": lambda c: c["train_decoder"] != "linear_probe",
+    "upper_lr": _has_upper,
+    "dice_weight": lambda c: c["train"]["trainer"]["_target_"].endswith(".BilevelTrainer"),
+}
 _RUN_BY_MONAI = ("bundle_root", "save_execute_config", "method")  # read by MONAI, or by us before the config is

@@ -32,10 +32,11 @@ logger = logging.getLogger(__name__)
 MAX_PICTURES = 60  # of one folder's cases, the worst ones
 HELD_OUT = {"testing": "not used in training", "validation": "not trained on, watched during training"}
 TRAINED_ON = {"upper": "upper set D2, part of the training", "lower": "lower set D1, part of the training"}
-HOW_TRAINED = {
-    "blosam": "D1, the lower set, trains the decoder; D2, the upper set, trains the prompt",
-    "swap": "D1, the lower set, trains the prompt; D2, the upper set, trains the decoder",
+HOW_TRAINED = {  # by the levels of the method
+    "bilevel": "D1, the lower set, trains what adapts the network; D2, the upper set, trains the prompt",
+    "swap": "D1, the lower set, trains the prompt; D2, the upper set, trains what adapts the network",
     "joint": "Joint fine-tuning: all of them train everything",
+    "alternate": "Joint fine-tuning, one kind of variable after the other: all of them train everything",
 }
 _UNITS = {"pixel": "px"}
 _SCORES = ("dice_mean", "dice_low", "dice_high", "iou_mean", "hd95_mean", "nsd_mean", "volume_error_ml_mean")
@@ -226,8 +227,9 @@ def describe(
         "held_out": any(name.startswith("validation_") for row in run.curves for name in row),
     }
     if run.kind == "training":
-        described |= {name: run.settings[name] for name in ("n_shot", "crossfit")}
-        described["how_trained"] = HOW_TRAINED[run.settings["method"]]
+        method = run.settings["method"]  # of a training of before there were levels, what they were
+        described |= {"n_shot": run.settings["n_shot"], "crossfit": run.settings.get("crossfit", False)}
+        described["how_trained"] = HOW_TRAINED[run.settings.get("levels", "bilevel" if method == "blosam" else method)]
     return described
 
 

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from blosam_monai.networks.lora import gate_parameters
 from blosam_monai.networks.peft import Adaptation
-from blosam_monai.optimizers import PASSES, ProxAdamW
+from blosam_monai.optimizers import ProxAdamW, penalty_for
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class GateSteps:
 
     def __init__(
         self,
-        gates: Sequence[Tensor],
+        gates: Sequence[Any],
         *,
         steps: int,
         warm_up: int,
@@ -52,21 +52,20 @@ class GateSteps:
                 f"max_epochs: {steps} steps, {warm_up} of them to warm up, leave none for the gates; add some."
             )
         self.gates, self.penalty, self.lr = list(gates), penalty, lr
-        self.warm_up, self.left = warm_up, steps - warm_up
+        self.steps, self.warm_up = steps, warm_up
         self._largest, self._watched = 0.0, 0
         self._optimizer: ProxAdamW | None = None
 
     def step(self) -> None:
-        """One step from the gradients that the gates hold."""
-        if self._watched < self.warm_up:
-            self._largest = max(self._largest, *(float(g.grad.abs().max()) for g in self.gates if g.grad is not None))
-            self._watched += 1
-            return
+        """One step from the gradients that the gates hold; as long as all of these are zero, the warm-up goes on."""
         if self._optimizer is None:
-            self._begin()
-        assert self._optimizer is not None
-        self._optimizer.step()
-        self._scheduler.step()
+            self._largest = max(self._largest, *(float(gate.grad.abs().max()) for gate in self.gates))
+            self._watched += 1
+            if self._watched > self.warm_up and self._largest > 0:
+                self._begin()
+        if self._optimizer is not None:
+            self._optimizer.step()
+            self._scheduler.step()
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -74,17 +73,14 @@ class GateSteps:
             gate.grad = None
 
     def _begin(self) -> None:
+        left = self.steps - self._watched + 1
         if self.penalty is None:
             self.penalty = self._largest
         if self.lr is None:
-            if self.penalty <= 0:
-                raise ValueError(
-                    "gate_penalty: no gate had a gradient in the first epoch; give gate_penalty and gate_lr."
-                )
-            self.lr = 2 * PASSES / (self.left * self.penalty)  # twice: a cosine's mean is half
+            self.lr = 2 * penalty_for(left, self.penalty)  # steps x rate x penalty = 3; twice: a cosine's mean is half
         logger.info("gates: penalty %.3g, learning rate %.3g", self.penalty, self.lr)
         self._optimizer = ProxAdamW([{"params": self.gates, "penalty": self.penalty}], lr=self.lr)
-        self._scheduler = CosineAnnealingLR(self._optimizer, self.left)
+        self._scheduler = CosineAnnealingLR(self._optimizer, left)
 
 
 class ArenaTrainer(SupervisedTrainer):

@@ -24,7 +24,44 @@ _ENCODER = "encoder."  # before the names of the encoder's tensors
 LINEAR_PROBE = "linear_probe"  # a train_decoder: another head than SAM's
 
 
-class PromptSam(Segmenter):
+class SamSegmenter(Segmenter):
+    """What rests on a SAM: its image encoder, frozen unless the decoder is an ``EncoderDecoder``, which trains it.
+
+    Args:
+        tasks, settings: see ``Segmenter``.
+        sam_model, image_size, sam_checkpoint: see ``build_sam``.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        settings: Mapping[str, Any],
+        *,
+        sam_model: str,
+        image_size: int,
+        sam_checkpoint: PathLike | None,
+    ) -> None:
+        super().__init__(tasks, image_size, {"sam_model": sam_model, **settings})
+        self.sam = build_sam(sam_model, image_size, sam_checkpoint).requires_grad_(False)
+        self.sam_weights = self.sam.weights
+
+    @property
+    def grid_size(self) -> int:
+        """Side G of the masks as the decoder draws them, in pixels: four for a place of the embedding."""
+        return 4 * self.sam.prompt_encoder.image_embedding_size[0]
+
+    @cached_property
+    def encoder_id(self) -> str | None:  # type: ignore[override]
+        """SHA-256 of the frozen encoder's weights; None if it trains."""
+        return None if isinstance(self.decoder, EncoderDecoder) else hash_weights(self.sam.image_encoder)
+
+    @torch.no_grad()
+    def encode(self, image: Tensor) -> Tensor:
+        """Image (B, 3, S, S), preprocessed -> embedding (B, C, h, w), h = G / 4; the image itself if that trains."""
+        return image if isinstance(self.decoder, EncoderDecoder) else self.sam.image_encoder(image)
+
+
+class PromptSam(SamSegmenter):
     """Image (B, 3, S, S) -> logits (B, T, S, S), one foreground logit a task; no prompt is asked of the user.
 
     Args:
@@ -64,9 +101,9 @@ class PromptSam(Segmenter):
         own |= {"mask_prompt": mask_prompt}
         encoder_rank = lora_rank if encoder_rank is None else encoder_rank
         trained = {"train_encoder": train_encoder, "encoder_rank": encoder_rank}
-        super().__init__(tasks, image_size, {"sam_model": sam_model, **own, **trained})
-        self.sam = build_sam(sam_model, image_size, sam_checkpoint).requires_grad_(False)
-        self.sam_weights = self.sam.weights
+        super().__init__(
+            tasks, {**own, **trained}, sam_model=sam_model, image_size=image_size, sam_checkpoint=sam_checkpoint
+        )
         if train_decoder == LINEAR_PROBE:
             if prompt != "none" or mask_prompt:
                 raise ValueError("prompt: a linear_probe has none; give prompt=none and mask_prompt=false.")
@@ -77,21 +114,6 @@ class PromptSam(Segmenter):
             first_seed = seed if isinstance(seed, int) else seed[0]
             make_trainable(self.sam.image_encoder, train_encoder, rank=encoder_rank, seed=first_seed)
             self.decoder = EncoderDecoder(self.sam.image_encoder, self.decoder)
-
-    @property
-    def grid_size(self) -> int:
-        """Side G of the masks as the decoder draws them, in pixels: four for a place of the embedding."""
-        return 4 * self.sam.prompt_encoder.image_embedding_size[0]
-
-    @cached_property
-    def encoder_id(self) -> str | None:  # type: ignore[override]
-        """SHA-256 of the frozen encoder's weights; None if it trains."""
-        return None if isinstance(self.decoder, EncoderDecoder) else hash_weights(self.sam.image_encoder)
-
-    @torch.no_grad()
-    def encode(self, image: Tensor) -> Tensor:
-        """Image (B, 3, S, S), preprocessed -> embedding (B, C, h, w), h = G / 4; the image itself if that trains."""
-        return image if isinstance(self.decoder, EncoderDecoder) else self.sam.image_encoder(image)
 
     def count_parameters(self) -> tuple[int, int]:
         """Numbers trained, and in all: those of the encoder and of what decodes, each once."""

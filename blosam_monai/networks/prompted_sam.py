@@ -6,7 +6,6 @@ Nothing here segments an image without its label. The scores say how far prompts
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,15 +14,14 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from blosam_monai.files import PathLike
-from blosam_monai.networks.prompt_sam import EncoderDecoder, hash_weights, make_trainable
-from blosam_monai.networks.sam import build_sam
-from blosam_monai.networks.segmenter import Segmenter, SharedDecoder
+from blosam_monai.networks.prompt_sam import EncoderDecoder, SamSegmenter, make_trainable
+from blosam_monai.networks.segmenter import SharedDecoder
 
 ORACLES = ("point", "box", "both")  # both: a point inside, one outside, and the box
 NOTHING_THERE = -100.0  # logit of a task whose label is empty: there is nothing to prompt for
 
 
-class PromptedSam(Segmenter):
+class PromptedSam(SamSegmenter):
     """Image (B, 3, S, S) and prompts (B, T, 8) -> logits (B, T, S, S), by SAM's own mask decoder.
 
     Args:
@@ -58,30 +56,13 @@ class PromptedSam(Segmenter):
         for key, value in own.items():
             if value not in known[key]:
                 raise ValueError(f"{key}: {value!r} is not one of {', '.join(known[key])}.")
-        super().__init__(tasks, image_size, {"sam_model": sam_model, **own})
-        self.sam = build_sam(sam_model, image_size, sam_checkpoint).requires_grad_(False)
-        self.sam_weights = self.sam.weights
+        super().__init__(tasks, own, sam_model=sam_model, image_size=image_size, sam_checkpoint=sam_checkpoint)
         self.decoder = PromptedDecoder(self.sam, len(tasks), oracle)
         if train_decoder == "full":
             self.decoder.requires_grad_(True)
         if train_encoder == "adapter":
             make_trainable(self.sam.image_encoder, train_encoder, rank=None, seed=seed)
             self.decoder = EncoderDecoder(self.sam.image_encoder, self.decoder)
-
-    @property
-    def grid_size(self) -> int:
-        """Side G of the masks as the decoder draws them, in pixels."""
-        return 4 * self.sam.prompt_encoder.image_embedding_size[0]
-
-    @cached_property
-    def encoder_id(self) -> str | None:  # type: ignore[override]
-        """SHA-256 of the frozen encoder's weights; None if it trains."""
-        return None if isinstance(self.decoder, EncoderDecoder) else hash_weights(self.sam.image_encoder)
-
-    @torch.no_grad()
-    def encode(self, image: Tensor) -> Tensor:
-        """Image (B, 3, S, S), preprocessed -> embedding (B, C, h, w); the image itself if the encoder trains."""
-        return image if isinstance(self.decoder, EncoderDecoder) else self.sam.image_encoder(image)
 
 
 class PromptedDecoder(SharedDecoder):

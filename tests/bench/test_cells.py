@@ -14,7 +14,7 @@ from blosam_monai.data.datalist import make_datalist, write_datalist
 from blosam_monai.data.pairing import pair_folders
 from blosam_monai.data.phantoms import PHANTOM_LABELS
 
-SMALL = {"image_size": 64, "max_epochs": 6}
+SMALL = {"image_size": 64, "max_epochs": 4}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_draws_in_one_pass_score_as_draws_one_by_one(cells):
 
 
 def test_the_cases_of_a_cell_are_those_of_its_lists_testing_section(cells, lists):
-    for result, path in zip(run(*cells), lists, strict=True):
+    for result, path in zip(run(*of(cells, "linear_probe", max_epochs=1)), lists, strict=True):
         testing = [Path(item["image"]).stem for item in json.loads(path.read_text(encoding="utf-8"))["testing"]]
         assert [row["case"] for row in result.rows] == [case for case in testing for _ in range(2)]
         assert [row["task"] for row in result.rows] == ["lung", "heart"] * len(testing)
@@ -88,7 +88,7 @@ def test_a_linear_probe_stacks_too(cells):
 
 
 def test_the_best_epoch_on_d2_is_chosen_draw_by_draw(cells):
-    chosen = of(cells, "blosam", selection="upper", val_interval=1)
+    chosen = of(cells, "blosam", selection="upper", val_interval=1, max_epochs=2)
     assert not stacks(chosen[0])
     results = run(*chosen)
     assert [result.record["stacked_draws"] for result in results] == [1, 1]
@@ -96,7 +96,7 @@ def test_the_best_epoch_on_d2_is_chosen_draw_by_draw(cells):
 
 
 def test_curves_are_noted_before_the_training_and_at_their_interval(cells):
-    for result in run(*(replace(cell, test_curve=2) for cell in of(cells, "blosam", max_epochs=4))):
+    for result in run(*(replace(cell, test_curve=2) for cell in of(cells, "blosam"))):
         assert [point["epoch"] for point in result.record["curve"]] == [0, 2, 4]
         last = result.record["curve"][-1]
         mean = sum(row["dice"] for row in result.rows) / len(result.rows)

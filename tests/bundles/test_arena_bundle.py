@@ -112,7 +112,7 @@ def test_every_key_of_the_configs_is_read_somewhere():
             "train",
             "report",
         }
-        read_by_monai |= {"evaluator", "network_def", "network"}
+        read_by_monai |= {"evaluator", "network_def", "network", "log_paths"}  # the last: by the tracker, from options
         assert [key for key in parser if f"@{key}" not in text and key not in read_by_monai] == []
 
 
@@ -175,6 +175,7 @@ def test_it_scores_and_predicts_volumes_on_their_own_grid(trained, given, checkp
 # --- the network
 
 
+@pytest.mark.slow
 def test_the_network_takes_and_gives_what_the_metadata_says(tmp_path):
     meta = json.loads((CONFIGS / "metadata.json").read_text())
     for part in ("inputs", "outputs"):  # the side of a patch is a key; 96 takes a minute here

@@ -36,10 +36,10 @@ def test_the_oracles_are_those_under_their_heading():
     [(n, m) for n in list_methods() for m in (("tiny",) if n in WITHOUT_SAM else ("vit_b", "tiny"))],
 )
 def test_as_many_numbers_train_as_the_row_says(name, model):
-    """One task, 256 pixels; tensors without values: nothing is computed here."""
+    """One task, 256 pixels. Tensors on ``meta`` have no values: nothing is computed here."""
     parser = ConfigParser(compose_config(name, {}))
     parser.update({"sam_model": model, "sam_checkpoint": "random", "task_names": ["lung"], "seed": 0})
-    with torch.device("meta"):
+    with torch.device("cpu" if name == "swinunetr2d" else "meta"):  # MONAI reads numbers out of tensors while it builds
         network = parser.get_parsed_content("network_def")
     told = [int(number.replace(" ", "")) for number in NUMBERS.findall(listed(PAGE)[name])]
     assert network.count_parameters()[0] == told[-2 if model == "vit_b" else -1]

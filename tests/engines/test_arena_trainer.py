@@ -99,13 +99,15 @@ def test_a_gate_without_gradient_closes_after_about_a_third_of_the_steps():
     assert 50 <= closed <= 100
 
 
-def test_a_loss_without_gradient_in_its_gates_is_refused():
+def test_gates_wait_until_one_of_them_has_a_gradient():
     gate = nn.Parameter(torch.ones(1))
-    gates = GateSteps([gate], steps=3, warm_up=1)
-    gate.grad = torch.zeros(1)
-    gates.step()
-    with pytest.raises(ValueError, match="no gate had a gradient"):
+    gates = GateSteps([gate], steps=6, warm_up=1)
+    for gradient in (0.0, 0.0, 4.0):  # the last is the first of four steps that are left
+        assert gate.item() == 1
+        gate.grad = torch.tensor([gradient])
         gates.step()
+    assert (gates.penalty, gates.lr) == (4.0, 2 * 3 / (4 * 4.0))
+    assert gate.item() == 0  # 1 - 0.375 x 4, then 1.5 nearer to zero
 
 
 def test_a_training_of_one_epoch_leaves_no_step_for_the_gates():

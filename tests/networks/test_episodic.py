@@ -83,3 +83,11 @@ def test_other_scales_are_the_nearest_multiples_of_32_pixels_with_the_same_weigh
 def test_scales_that_make_no_sense_are_refused(scales, message):
     with pytest.raises(ValueError, match=message):
         scaled_networks(make_network(), scales, sam_checkpoint="random")
+
+
+def test_a_head_on_packed_maps_is_read_again_and_is_of_one_size(tmp_path):
+    network = FewShotNet("hsnet", 64, features="pyramid")
+    save_head(tmp_path / "model.safetensors", network, {})
+    load_head(tmp_path / "model.safetensors", network)
+    with pytest.raises(ValueError, match=r"scales: a head on features=pyramid .* give scales=\[1\]"):
+        scaled_networks(network, [1, 1.5], sam_checkpoint=None)
