@@ -47,6 +47,7 @@ KEYS = {
     "width": "of swinunetr2d, dynunet: channels of the first level",
     "features": "of few-shot methods: sam, or layers of a ResNet-50: layer3, layer4, layer2+3, pyramid",
     "head_options": "of few-shot methods: JSON object of options of the head",
+    "oracle": "of med_sa and sam_oracle: prompts from the label: point, box or both",
     "levels": "bilevel, joint (one level on all images), alternate (joint, one variable after the other) or swap (the "
     "levels exchange their variables)",
     "hypergradient": "first_order, finite_difference or exact",
@@ -109,7 +110,7 @@ _RECIPE = (
     *("steps", "decoder_steps", "ensembles", "subjects", "masks", "few_shot", "contrast", "ridge", "temperature"),
     *("lr", "decoder_lr", "warmup", "max_norm"),
 )
-PRESET_KEYS = ("weights", "width", "features", "head_options")  # in the presets of some methods only
+PRESET_KEYS = ("weights", "width", "features", "head_options", "oracle")  # in the presets of some methods only
 TRAIN_KEYS = [k for k in KEYS if k not in ("section", "threshold", *_PREDICT_ONLY, *_RECIPE)]
 _PRETRAIN_TEXTS = {"seed": "seed of the images; SAM starts as `random` does", "weight_decay": "of AdamW"}
 PRETRAIN_KEYS = [

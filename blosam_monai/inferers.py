@@ -87,7 +87,9 @@ class SliceStreamInferer(Inferer):
             (..., D, H, W) on the CPU, see ``decide``; logits are (T, D, H, W).
         """
         if inputs.ndim == 5:
-            return torch.stack([self(case, network, spacing=spacing, slice_axis=slice_axis) for case in inputs])
+            labels = [None] * len(inputs) if label is None else label
+            pairs = zip(inputs, labels, strict=True)
+            return torch.stack([self(c, network, spacing=spacing, slice_axis=slice_axis, label=t) for c, t in pairs])
         if self.average_axes and inputs.shape[1] > 1:
             if network.prompted:
                 raise ValueError("average_axes: prompts from a label belong to one axis; leave average_axes out.")
@@ -128,8 +130,8 @@ class SliceStreamInferer(Inferer):
             prepared = [preprocess_picture(p, self.image_size, self.preprocess, spacing=spacing) for p in pictures]
             batch = torch.stack([network_input for network_input, _ in prepared])  # (B, 3, S, S)
             prompts = [
-                label_prompts(label_to_input(label[:, number].float(), size, self.image_size)).to(device)
-                for number, (_, size) in enumerate(prepared, first)
+                label_prompts(label_to_input(label[:, number].float(), (h, w), self.image_size)[:, :h, :w]).to(device)
+                for number, (_, (h, w)) in enumerate(prepared, first)
                 if network.prompted and label is not None
             ]
             predicted = network(batch, torch.stack(prompts)) if prompts else network(batch)

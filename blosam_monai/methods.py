@@ -63,6 +63,14 @@ def compose_config(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     for key in overrides:
         if key in unknown or not _is_read(config, key):
             raise ValueError(f"{key}: the method {name} does not use it; leave it out.")
+    if config["levels"] in ("joint", "alternate"):
+        if config["crossfit"] or config["hypergradient"] != "first_order":
+            raise ValueError(
+                f"crossfit, hypergradient: {name} is joint training, without an upper level; leave them out, or choose "
+                "a method that has two levels."
+            )
+        if config["selection"] == "upper":
+            raise ValueError(f"selection: {name} trains on all images, D2 too; use last or validation.")
     if config.get("features", "sam") != "sam" and config["preprocess"] == "paper":
         raise ValueError("preprocess: a ResNet-50 needs ImageNet's normalisation, which `sam` has; leave `paper` out.")
     return config
@@ -94,6 +102,10 @@ def _gated(config: Mapping[str, Any]) -> bool:
     return "gated" in (config["train_decoder"], config["train_encoder"])
 
 
+def _episodic(config: Mapping[str, Any]) -> bool:
+    return bool(config["train"]["trainer"]["_target_"].endswith(".EpisodicTrainer"))
+
+
 def _has_upper(config: Mapping[str, Any]) -> bool:
     """Whether there are variables beside those that ``lower_lr`` moves."""
     if not config["network_def"]["_target_"].endswith(".PromptSam"):
@@ -113,6 +125,7 @@ _READ_IF: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "encoder_rank": lambda c: _low_rank(c, "train_encoder"),
     "head": lambda c: c["train_decoder"] != "linear_probe",
     "upper_lr": _has_upper,
-    "dice_weight": lambda c: c["train"]["trainer"]["_target_"].endswith(".BilevelTrainer"),
+    "dice_weight": lambda c: not _episodic(c),
+    "augment_views": lambda c: not _episodic(c),  # an image's views would support each other
 }
 _RUN_BY_MONAI = ("bundle_root", "save_execute_config", "method")  # read by MONAI, or by us before the config is

@@ -262,8 +262,9 @@ class LabelPromptd(MapTransform):
         """Add the prompts of one item."""
         item = dict(data)
         if self.prompted:
-            label = label_to_input(item[self.keys[0]], item["input_size"].tolist(), self.image_size)
-            item["prompt"] = label_prompts(label)
+            height, width = item["input_size"].tolist()
+            label = label_to_input(item[self.keys[0]], (height, width), self.image_size)
+            item["prompt"] = label_prompts(label[:, :height, :width])  # padding is not the picture's background
         return item
 
 

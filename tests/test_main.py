@@ -72,7 +72,7 @@ def test_a_value_of_the_wrong_kind_is_refused(arguments, said, capsys):
 @pytest.mark.parametrize(
     ("files", "keys"),
     [
-        (["train.json", "methods/ssp.json", "methods/dynunet.json"], TRAIN_KEYS),
+        (["train.json", "methods/ssp.json", "methods/dynunet.json", "methods/med_sa.json"], TRAIN_KEYS),
         (["inference.json", "evaluate.json"], EVALUATE_KEYS),
         (["inference.json"], PREDICT_KEYS),
     ],

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from blosam_monai.methods import CONFIGS, check_method, compose_config, list_methods, read_method
+from blosam_monai.methods import CONFIGS, check_method, compose_config, list_methods, read_method, used_options
 
 ASKED_FOR = [  # the methods of the three papers and what they compare with
     *("blosam", "crossfit", "joint", "swap", "prompt_only", "decoder_only", "samed", "med_sa", "ft_sam"),
@@ -64,11 +64,42 @@ def test_an_override_takes_the_place_of_the_presets_value():
         ("blosam", "features"),
         ("blosam", "width"),
         ("blosam", "lora_rnk"),
+        # Passed on by the configuration, but idle in what the method makes of it.
+        ("blosam", "encoder_rank"),
+        ("blosam", "gate_lr"),
+        ("bitfit", "lora_rank"),
+        ("linear_probe", "head"),
+        ("prompt_only", "upper_lr"),
+        ("decoder_only", "upper_lr"),
+        ("dynunet", "upper_lr"),
+        ("ssp", "dice_weight"),
     ],
 )
 def test_an_option_that_nothing_of_the_method_reads_is_refused(name, key):
     with pytest.raises(ValueError, match=f"^{key}: the method {name} does not use it; leave it out.$"):
         compose_config(name, {key: 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("blosam", {"encoder_rank": 2, "train_encoder": "lora"}),
+        ("blosam", {"gate_lr": 1.0, "train_decoder": "gated"}),
+        ("samed", {"lora_rank": 2}),  # of the encoder; the decoder trains in full
+        ("decoder_only", {"upper_lr": 0.1, "prompt": "dense"}),
+        ("joint", {"upper_lr": 0.1}),
+        ("swap", {"upper_lr": 0.1}),
+    ],
+)
+def test_an_option_is_taken_where_the_others_give_it_something_to_do(name, overrides):
+    config = compose_config(name, overrides)
+    assert {key: config[key] for key in overrides} == overrides
+
+
+def test_a_record_speaks_of_the_options_that_the_method_reads():
+    given = {"prompt": "none", "train_decoder": "linear_probe", "head": "sam", "lora_rank": 4, "max_epochs": 3}
+    used = used_options({"method": "linear_probe", **given})
+    assert sorted(used) == ["max_epochs", "method", "prompt", "train_decoder"]
 
 
 @pytest.mark.parametrize(

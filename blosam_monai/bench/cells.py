@@ -78,13 +78,6 @@ def check(cell: Cell) -> None:
     config = compose_config(cell.preset, cell.overrides)
     if config["selection"] == "validation":
         raise ValueError("selection: the lists of a grid have no validation section; use last or upper.")
-    one_level = config["levels"] in ("joint", "alternate")
-    if one_level and (config["crossfit"] or config["hypergradient"] != "first_order"):
-        raise ValueError(
-            f"crossfit, hypergradient: {cell.preset} has one level; leave them out, or choose a method that has two."
-        )
-    if one_level and config["selection"] == "upper":
-        raise ValueError(f"selection: {cell.preset} trains on all images, D2 too; use last.")
 
 
 def run_cells(cells: Sequence[Cell], *, device: str) -> Iterator[CellResult]:
@@ -144,6 +137,7 @@ class _Run:
         self.load = parser.get_parsed_content("load")
         self.encode: EncodeImaged = parser.get_parsed_content("encode")
         self.curves: list[list[dict[str, float]]] = [[] for _ in draws]
+        self.seconds_of_curves = 0.0
 
     def results(self) -> Iterator[CellResult]:
         """Train, test, and give the result of each draw."""
@@ -167,6 +161,9 @@ class _Run:
     def _train(self) -> float:
         """Train, if there is anything to train; seconds that it took, all draws together."""
         set_determinism(seed=self.draws[0].cell.seed)
+        remember = getattr(self.network.decoder, "remember", None)
+        if remember is not None:
+            remember(self.parser.get_parsed_content("train#supports"))
         if not self.network.lower_parameters() and not self.network.upper_parameters():
             return 0.0
         with tempfile.TemporaryDirectory() as folder:
@@ -174,7 +171,7 @@ class _Run:
             start = time.perf_counter()
             trainer.run()
             _wait_for(self.device)
-            return time.perf_counter() - start
+            return time.perf_counter() - start - self.seconds_of_curves
 
     def _trainer(self, folder: str) -> Engine:
         """The configuration's trainer, without what a single training writes and shows."""
@@ -209,9 +206,6 @@ class _Run:
             parser["train#dataset"] = stack(["lower", "upper"] if one_set else ["lower"])
             if not one_set:
                 parser["train#upper_dataset"] = stack(["upper"])
-        remember = getattr(self.network.decoder, "remember", None)
-        if remember is not None:
-            remember(parser.get_parsed_content("train#supports"))
         trainer: Engine = parser.get_parsed_content("train#trainer")
         if selects:
             best = parser.get_parsed_content("best")
@@ -227,6 +221,8 @@ class _Run:
 
     def _note_curves(self, epoch: int) -> None:
         """Mean Dice of each draw on the images it learns from and on its test images (the paper's figure 2)."""
+        _wait_for(self.device)
+        start = time.perf_counter()
         sections = {"lower_dice": "lower", "test_dice": "testing"}
         scores = {
             name: self._test([draw.datalist[section] for draw in self.draws], dice_only=True)
@@ -235,6 +231,7 @@ class _Run:
         for number, curve in enumerate(self.curves):
             means = {name: fmean(row["dice"] for row in rows[number]) for name, rows in scores.items()}
             curve.append({"epoch": epoch, **means})
+        self.seconds_of_curves += time.perf_counter() - start
 
     @torch.no_grad()
     def _test(self, sections: Sequence[Iterable[Mapping[str, Any]]], *, dice_only: bool = False) -> list[list[dict]]:

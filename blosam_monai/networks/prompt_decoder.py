@@ -136,10 +136,9 @@ class TaskDecoder(nn.Module):
 
     def forward(self, embedding: Tensor) -> Tensor:
         """Image embedding (B, C, h, w) -> logits (B, 4h, 4w)."""
-        dense = self.dense_start + self.dense_prompt if hasattr(self, "dense_prompt") else self.dense_start
-        source = embedding + dense[:, None, None]
-        logits = self._decode(source)
-        if hasattr(self, "mask_convolutions"):
+        source = embedding + self.dense_prompt[:, None, None] if hasattr(self, "dense_prompt") else embedding
+        logits = self._decode(source + self.dense_start[:, None, None])
+        if hasattr(self, "mask_convolutions"):  # as in SAM, in the place of its no-mask embedding
             logits = self._decode(source + self.mask_convolutions(logits.detach()[:, None]))
         return logits
 

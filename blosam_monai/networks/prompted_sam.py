@@ -88,7 +88,9 @@ class PromptedDecoder(SharedDecoder):
         """Embedding (C, h, w), prompts (T, 8) -> logits (T, G, G)."""
         there = ~prompts.isnan().any(1)
         side = 4 * embedding.shape[-1]
-        logits = embedding.new_full((self.tasks, side, side), NOTHING_THERE)
+        # A batch without any prompt has no gradient, not no graph.
+        nothing = 0 * (embedding.mean() + self.mask_decoder.iou_token.weight.mean())
+        logits = embedding.new_full((self.tasks, side, side), NOTHING_THERE) + nothing
         if not there.any():
             return logits
         asked = prompts[there]
@@ -112,7 +114,7 @@ class PromptedDecoder(SharedDecoder):
 
 
 def label_prompts(label: Tensor) -> Tensor:
-    """Prompts that a perfect user would give: label (T, S, S) on the network's input -> (T, 8), in pixels x, y.
+    """Prompts that a perfect user would give: label (T, h, w) of the picture in the network's input -> (T, 8), x, y.
 
     The pixel deepest inside (x, y), the pixel of the background farthest from the foreground (x, y), and the box
     (x0, y0, x1, y1) of the foreground, all at centres of pixels. Not a number where a label is empty. Deterministic:

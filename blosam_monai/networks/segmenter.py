@@ -93,9 +93,11 @@ class Segmenter(nn.Module):
         """Image (B, 3, S, S), preprocessed -> logits (B, T, S, S).
 
         Raises:
-            ValueError: no prompts for a network that takes them.
+            ValueError: no prompts for a network that takes them, or prompts for one that does not.
         """
         if not self.prompted:
+            if prompts is not None:
+                raise ValueError("prompts: this network takes none; leave them out.")
             return self.decode(self.encode(image))
         if prompts is None:
             raise ValueError(

@@ -154,8 +154,8 @@ def test_draws_stack_where_tasks_share_no_trained_tensor(cells, preset, override
     ("preset", "overrides", "message"),
     [
         ("blosam", {"selection": "validation"}, "selection: the lists of a grid have no validation section"),
-        ("joint", {"crossfit": True}, "crossfit, hypergradient: joint has one level"),
-        ("arena", {"hypergradient": "exact"}, "crossfit, hypergradient: arena has one level"),
+        ("joint", {"crossfit": True}, "crossfit, hypergradient: joint is joint training"),
+        ("arena", {"hypergradient": "exact"}, "crossfit, hypergradient: arena is joint training"),
         ("joint", {"selection": "upper"}, "selection: joint trains on all images, D2 too; use last"),
         ("blosam", {"width": 8}, "width: the method blosam does not use it"),
     ],

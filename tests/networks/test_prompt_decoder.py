@@ -414,7 +414,7 @@ def test_whatever_trains_gets_a_gradient(small_sam, embedding, options):
 
 
 def test_a_mask_prompt_is_sams_second_pass_with_its_own_first_mask(small_sam, embedding):
-    """By SAM's own parts; the embedded mask is added to the no-mask vector, whose place it takes in SAM."""
+    """By SAM's own parts; the embedded mask takes the place of the no-mask vector."""
     decoder = PromptDecoder(small_sam, prompt="none", mask_prompt=True)
     start = small_sam.prompt_encoder.no_mask_embed.weight[0]
     with torch.no_grad():
@@ -424,7 +424,7 @@ def test_a_mask_prompt_is_sams_second_pass_with_its_own_first_mask(small_sam, em
             image_embeddings=embedding[:1],
             image_pe=small_sam.prompt_encoder.get_dense_pe(),
             sparse_prompt_embeddings=torch.empty(1, 0, 256),
-            dense_prompt_embeddings=dense + start[:, None, None],
+            dense_prompt_embeddings=dense,
         )[0][:, 0]
         found = decoder(embedding)[:1, 0]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

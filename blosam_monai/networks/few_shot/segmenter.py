@@ -18,6 +18,7 @@ from blosam_monai.networks.sam import RANDOM, build_sam
 from blosam_monai.networks.segmenter import Segmenter, SharedDecoder, State, load_tensors
 
 SAM_FEATURES = "sam"  # the embedding of SAM; else layers of a ResNet-50, see ``ResNetFeatures``
+SAME = 1e-3  # relative distance of two embeddings below which they are of one image
 PYRAMID = "pyramid"  # of these layers: the maps of HSNet, packed
 NOTHING_SHOWN = -100.0  # logit of a task that no remembered image shows: nothing is found
 
@@ -132,7 +133,9 @@ class RememberingDecoder(SharedDecoder):
 
     def _segment(self, query: Tensor) -> Tensor:
         """Features (C, h, w) or (L,) of an image -> logits (T, G, G)."""
-        others = [n for n, kept in enumerate(self.support) if not torch.equal(kept, query)]
+        # Another batch size changes the last bits of an embedding; no other image comes near it.
+        distance = (self.support - query).flatten(1).norm(dim=1)
+        others = (distance > SAME * query.norm()).nonzero()[:, 0].tolist()
         support, mask = (self.support[others], self.mask[others]) if others else (self.support, self.mask)
         masks = mask.transpose(0, 1)  # (T, K, G, G)
         logits = query.new_full((self.tasks, self.grid_size, self.grid_size), NOTHING_SHOWN)
@@ -149,10 +152,16 @@ class RememberingDecoder(SharedDecoder):
 
     def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
         """Take the tensors of ``adapter_state``, the remembered images in whatever number."""
-        for name in ("support", "mask"):
-            if name in state:
-                setattr(self, name, torch.empty_like(state[name], device=getattr(self, name).device))
-        load_tensors(self.adapter_state(), state)
+        memory = {name: value for name, value in state.items() if name in ("support", "mask")}
+        sizes = (self.tasks, self.grid_size, self.grid_size)
+        shapes = [tuple(value.shape) for value in memory.values()]
+        some = any(len(value) for value in memory.values())
+        if some and (len({shape[0] for shape in shapes}) > 1 or memory["mask"].shape[1:] != sizes):
+            raise ValueError(f"adapters: the remembered images and masks {shapes} are not of {sizes}, as many of each.")
+        trained = {n: value for n, value in self.adapter_state().items() if n not in memory}
+        load_tensors(trained, {n: value for n, value in state.items() if n not in memory})
+        for name, value in memory.items():
+            setattr(self, name, value.detach().clone().to(getattr(self, name).device))
 
     def exported(self, state: State) -> tuple[State, dict[str, Any]]:
         """The state, and how many images are remembered."""
