@@ -149,6 +149,8 @@ class CaseTableHandler:
         hashed = {} if self.model is None else {"model_sha256": file_sha256(self.model)}
         summary = write_table(self.output_dir, self.rows, {**self.settings, **hashed, "failed_cases": failed})
         self._warn_of_supports()
+        if self.settings.get("oracle"):
+            logger.warning("oracle: the prompts were taken from the labels; the scores are not those of a new image")
         units = " and ".join(sorted({row["unit"] for row in self.rows}))
         for section, by_task in summary.items():
             for task in self.tasks:
@@ -384,6 +386,8 @@ class BestAdapters:
         if self.selection == "last":
             self._take(torch.ones_like(self.score, dtype=torch.bool), engine.state.epoch)
         self.save()
+        for layer, ranks in self.network.decoder.exported(self.best)[1].get("effective_ranks", {}).items():
+            logger.info("effective rank of %s: %s", layer, ", ".join(map(str, ranks)))
 
     def save(self) -> None:
         """Write the kept adapters."""
@@ -394,8 +398,6 @@ class BestAdapters:
         if self.selection != "last":
             chosen["selected_dice"] = dict(zip(self.network.tasks, self.score.tolist(), strict=True))
         state, changed = self.network.decoder.exported(self.best)
-        for layer, ranks in changed.get("effective_ranks", {}).items():
-            logger.info("effective rank of %s: %s", layer, ", ".join(map(str, ranks)))
         own = {**self.network.settings, "sam_weights": self.network.sam_weights, **changed}
         save_adapters(self.path, state, {**self.settings, **own, **chosen})
 

@@ -63,17 +63,41 @@ def compose_config(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     for key in overrides:
         if key in unknown or not _is_read(config, key):
             raise ValueError(f"{key}: the method {name} does not use it; leave it out.")
-    if config["levels"] in ("joint", "alternate"):
-        if config["crossfit"] or config["hypergradient"] != "first_order":
-            raise ValueError(
-                f"crossfit, hypergradient: {name} is joint training, without an upper level; leave them out, or choose "
-                "a method that has two levels."
-            )
-        if config["selection"] == "upper":
-            raise ValueError(f"selection: {name} trains on all images, D2 too; use last or validation.")
-    if config.get("features", "sam") != "sam" and config["preprocess"] == "paper":
-        raise ValueError("preprocess: a ResNet-50 needs ImageNet's normalisation, which `sam` has; leave `paper` out.")
+    _check_together(config)
     return config
+
+
+def _check_together(config: Mapping[str, Any]) -> None:
+    """Refuse what the keys of a configuration make impossible together."""
+    one_level = config["levels"] in ("joint", "alternate")
+    second_order = config["hypergradient"] != "first_order"
+    resnet = config.get("features", "sam") != "sam" or config.get("weights") is not None
+    rules = (
+        (
+            one_level and (config["crossfit"] or second_order),
+            "crossfit, hypergradient: {} is joint training, without an upper level; leave them out, or choose a method "
+            "that has two levels.",
+        ),
+        (
+            config["selection"] == "upper" and (one_level or config["crossfit"]),
+            "selection: {} trains on all images, D2 too; use last or validation.",
+        ),
+        (
+            config["levels"] == "swap" and second_order and _gated(config),
+            "hypergradient: under swap the gates of {} take no AdamW step to look back through; use first_order.",
+        ),
+        (
+            config["head"] == "two_token" and config["train_decoder"] == "frozen",
+            "head: two_token is new and must train, {} keeps the decoder as it is; leave it out.",
+        ),
+        (
+            config["preprocess"] == "paper" and resnet,
+            "preprocess: the ResNet-50 of {} needs ImageNet's normalisation, which `sam` has; leave `paper` out.",
+        ),
+    )
+    for broken, text in rules:
+        if broken:
+            raise ValueError(text.format(config["method"]))
 
 
 def used_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,6 +106,8 @@ def used_options(options: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         options: with ``method``.
     """
+    if options["method"] not in list_methods():
+        return dict(options)  # a preset of the user's own
     config = {**compose_config(options["method"], {}), **options}
     return {key: value for key, value in options.items() if _is_read(config, key)}
 
@@ -106,6 +132,12 @@ def _episodic(config: Mapping[str, Any]) -> bool:
     return bool(config["train"]["trainer"]["_target_"].endswith(".EpisodicTrainer"))
 
 
+def _encodes_once(config: Mapping[str, Any]) -> bool:
+    """Whether there is a frozen encoder, whose embeddings can be kept."""
+    supervised = config["network_def"]["_target_"].endswith(".SupervisedNet")
+    return config["train_encoder"] == "frozen" and not supervised
+
+
 def _has_upper(config: Mapping[str, Any]) -> bool:
     """Whether there are variables beside those that ``lower_lr`` moves."""
     if not config["network_def"]["_target_"].endswith(".PromptSam"):
@@ -122,6 +154,7 @@ _READ_IF: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "lora_rank": lambda c: (
         _low_rank(c, "train_decoder") or (_low_rank(c, "train_encoder") and c["encoder_rank"] is None)
     ),
+    "cache_dir": _encodes_once,
     "encoder_rank": lambda c: _low_rank(c, "train_encoder"),
     "head": lambda c: c["train_decoder"] != "linear_probe",
     "upper_lr": _has_upper,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-PASSES = 3.0  # of T rho lambda: a gate that starts at 1 with no gradient reaches 0 after a third of the training
+PASSES = 3.0  # of T rho lambda: at a constant rate a gate that starts at 1 reaches 0 after a third of the training
 
 
 def soft_threshold(values: Tensor, threshold: float) -> Tensor:
@@ -34,13 +34,14 @@ def penalty_for(steps: int, lr: float) -> float:
 
     Args:
         steps: optimiser steps of the training.
-        lr: learning rate of the gates, averaged over its schedule.
+        lr: learning rate of the gates, the first one: over a polynomial schedule of power 0.9 the product is 1.6, and
+            an unused gate closes after 41 % of the training.
 
     Raises:
         ValueError: no steps, or no learning rate.
     """
     if steps < 1 or lr <= 0:
-        raise ValueError(f"penalty: {steps} steps of lr {lr} train no gates; both must be above 0.")
+        raise ValueError(f"gate_lr: {steps} steps of {lr} train no gates; both must be above 0.")
     return PASSES / (steps * lr)
 
 

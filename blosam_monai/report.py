@@ -32,8 +32,9 @@ logger = logging.getLogger(__name__)
 MAX_PICTURES = 60  # of one folder's cases, the worst ones
 HELD_OUT = {"testing": "not used in training", "validation": "not trained on, watched during training"}
 TRAINED_ON = {"upper": "upper set D2, part of the training", "lower": "lower set D1, part of the training"}
+FEW_SHOT = "Each of them in turn is segmented by comparison with the others, which trains the head that compares"
 HOW_TRAINED = {  # by the levels of the method
-    "bilevel": "D1, the lower set, trains what adapts the network; D2, the upper set, trains the prompt",
+    "bilevel": "D1, the lower set, trains what adapts the network; D2, the upper set, trains the prompt and gates, if any",
     "swap": "D1, the lower set, trains the prompt; D2, the upper set, trains what adapts the network",
     "joint": "Joint fine-tuning: all of them train everything",
     "alternate": "Joint fine-tuning, one kind of variable after the other: all of them train everything",
@@ -177,7 +178,11 @@ def _read_curves(path: Path) -> list[dict[str, float]]:
 def _titles(runs: Sequence[Run]) -> list[dict[str, str]]:
     """For each run what its model and itself are called; models of one method are numbered."""
     keys = [run.model or str(run.folder) for run in runs]
-    method_of = {key: run.settings["method"] for key, run in zip(keys, runs, strict=True) if "method" in run.settings}
+    method_of = {
+        key: run.settings["method"] + (" (oracle)" if run.settings.get("oracle") else "")
+        for key, run in zip(keys, runs, strict=True)
+        if "method" in run.settings
+    }
     alike: dict[str, list[str]] = {}
     for key in dict.fromkeys(keys):
         alike.setdefault(method_of.get(key, "model"), []).append(key)  # a prediction alone does not know it
@@ -229,7 +234,8 @@ def describe(
     if run.kind == "training":
         method = run.settings["method"]  # of a training of before there were levels, what they were
         described |= {"n_shot": run.settings["n_shot"], "crossfit": run.settings.get("crossfit", False)}
-        described["how_trained"] = HOW_TRAINED[run.settings.get("levels", "bilevel" if method == "blosam" else method)]
+        levels = run.settings.get("levels", "bilevel" if method == "blosam" else method)
+        described["how_trained"] = FEW_SHOT if "head_options" in run.settings else HOW_TRAINED[levels]
     return described
 
 
@@ -334,6 +340,7 @@ def render(runs: Sequence[Mapping[str, Any]]) -> str:
         trained_on=trained_on,
         section_texts=HELD_OUT | TRAINED_ON,
         weights={(run["settings"].get("sam_model"), run["settings"].get("sam_weights")): None for run in runs},
+        oracle=any(run["settings"].get("oracle") for run in runs),
         settings=_side_by_side([run["settings"] for run in runs]),
         max_pictures=MAX_PICTURES,
         max_curves=MAX_CURVES,

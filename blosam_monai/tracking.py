@@ -295,7 +295,7 @@ def describe_run(options: Mapping[str, Any], datalist: Mapping[str, Any], networ
     """
     supports = [*datalist["lower"], *datalist["upper"]]
     return {
-        **{name: value for name, value in used_options(options).items() if name not in (*_PATHS, *_HOW_TO_RUN)},
+        **{name: value for name, value in used_options(options).items() if name not in (*PATHS, *_HOW_TO_RUN)},
         "tasks": network.tasks,
         "sam_weights": network.sam_weights,
         "pretrained": network.pretrained,
@@ -338,7 +338,7 @@ def collect_record(
     (folder / "overlays").mkdir(parents=True)
     for config in configs:
         _copy_config(Path(config), folder, log_paths=log_paths)
-    shown = {name: value for name, value in options.items() if log_paths or name not in _PATHS}
+    shown = {name: value for name, value in options.items() if log_paths or name not in PATHS}
     (folder / "options.json").write_text(json.dumps(shown, indent=1, default=str), encoding="utf-8")
     for model in sorted(Path(options["ckpt_dir"]).glob("model.*")):
         shutil.copy(model, folder)
@@ -363,11 +363,11 @@ def _copy_config(config: Path, folder: Path, *, log_paths: bool) -> None:
         logger.warning("%s is not there to be kept with the run; give --bundle_root.", config)
         return
     content = json.loads(config.read_text(encoding="utf-8"))
-    kept = {name: value for name, value in content.items() if log_paths or name not in _PATHS}
+    kept = {name: value for name, value in content.items() if log_paths or name not in PATHS}
     (folder / config.name).write_text(json.dumps(kept, indent=4), encoding="utf-8")
 
 
-_PATHS = (
+PATHS = (
     *("data_list", "dataset_dir", "output_dir", "ckpt_dir", "sam_checkpoint", "tracking_uri", "bundle_root"),
     *("cache_dir", "weights"),
 )

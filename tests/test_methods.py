@@ -114,3 +114,23 @@ def test_an_unknown_method_is_refused_with_the_near_one(name, message):
 def test_a_method_like_none_is_refused_with_all_of_them():
     with pytest.raises(ValueError, match=r"method: there is no 'xyz'; one of affine_norm, arena, .*, swinunetr2d\.$"):
         check_method("xyz")
+
+
+@pytest.mark.parametrize(
+    ("method", "keys", "said"),
+    [
+        ("blosam", {"crossfit": True, "selection": "upper"}, "selection: blosam trains on all images"),
+        ("joint", {"selection": "upper"}, "selection: joint trains on all images"),
+        ("blosam_arena", {"levels": "swap", "hypergradient": "exact"}, "hypergradient: under swap the gates"),
+        ("prompt_only", {"head": "two_token"}, "head: two_token is new and must train"),
+        ("deeplabv3", {"weights": "resnet50.pth", "preprocess": "paper"}, "preprocess: the ResNet-50 of deeplabv3"),
+        ("ssp", {"features": "layer3", "preprocess": "paper"}, "preprocess: the ResNet-50 of ssp"),
+    ],
+)
+def test_keys_that_exclude_each_other_are_refused(method, keys, said):
+    with pytest.raises(ValueError, match=said):
+        compose_config(method, keys)
+
+
+def test_options_of_a_preset_of_the_users_own_are_recorded_as_they_are():
+    assert used_options({"method": "mine", "lora_rank": 4}) == {"method": "mine", "lora_rank": 4}

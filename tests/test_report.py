@@ -347,14 +347,32 @@ def test_cases_that_were_trained_on_are_counted_and_marked(evaluation):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"method": "blosam"}, "D1, the lower set, trains the decoder; D2, the upper set, trains the prompt. Dice"),
-        ({"method": "swap"}, "D1, the lower set, trains the prompt; D2, the upper set, trains the decoder. Dice"),
+        (
+            {"method": "blosam"},
+            "D1, the lower set, trains what adapts the network; D2, the upper set, trains the prompt",
+        ),
+        (
+            {"method": "swap"},
+            "D1, the lower set, trains the prompt; D2, the upper set, trains what adapts the network.",
+        ),
         ({"method": "joint"}, "Joint fine-tuning: all of them train everything. Dice"),
-        ({"crossfit": True}, "trains the prompt (crossfit: the halves swap roles at every second iteration). Dice"),
+        ({"method": "ssp", "levels": "joint", "head_options": {}}, "Each of them in turn is segmented by comparison"),
+        ({"method": "arena", "levels": "alternate"}, "Joint fine-tuning, one kind of variable after the other: all of"),
+        (
+            {"crossfit": True},
+            "trains the prompt and gates, if any (crossfit: the halves swap roles at every second iteration). Dice",
+        ),
     ],
 )
 def test_what_each_half_trained_is_said_of_every_method(training, changed, said):
     assert said in page_of(with_settings(training, **changed)).text
+
+
+def test_scores_with_prompts_from_the_label_are_called_so_wherever_they_stand(training):
+    assert "oracle" not in page_of(training).text
+    text = page_of(with_settings(training, method="med_sa", levels="joint", oracle="box")).text
+    assert "Its scores show what a perfect prompt is worth" in text
+    assert text.count("med_sa (oracle)") >= 3  # headline, summary, title of the run
 
 
 def test_supports_keep_their_pictures_however_many_other_cases_are_worse(training, monkeypatch):

@@ -200,6 +200,12 @@ def make_jobs(cells: Sequence[Cell], stacks: Callable[[Cell], bool]) -> list[Job
     return [Job(name, tuple(held)) for name, held in jobs.items()]
 
 
+def check_workers(workers: int, devices: Sequence[str]) -> None:
+    """Raise ValueError where there are fewer workers than devices."""
+    if workers < len(devices):
+        raise ValueError(f"workers: {workers} for {len(devices)} devices; give at least {len(devices)}.")
+
+
 def run_grid(
     cells: Sequence[Cell],
     output_dir: PathLike,
@@ -209,6 +215,7 @@ def run_grid(
     devices: Sequence[str] = ("cpu",),
     workers: int = 1,
     after: Callable[[], None] = lambda: None,
+    lost: Callable[[int], None] = lambda code: None,
 ) -> list[Cell]:
     """Run the cells that are not finished; those of a job that another process works on are waited for.
 
@@ -223,6 +230,7 @@ def run_grid(
         devices: dealt to the workers in turn.
         workers: processes; one: this process.
         after: called in this process whenever cells may have been finished.
+        lost: called with the exit code of a worker that did not end by itself.
 
     Returns:
         The cells without a result.
@@ -230,8 +238,7 @@ def run_grid(
     Raises:
         ValueError: fewer workers than devices.
     """
-    if workers < len(devices):
-        raise ValueError(f"workers: {workers} for {len(devices)} devices; give at least {len(devices)}.")
+    check_workers(workers, devices)
     folder = Folder(output_dir)
     if len(folder.finished(cells)) < len(cells):
         work = functools.partial(
@@ -240,7 +247,8 @@ def run_grid(
         if workers == 1:
             work(device=devices[0], after=after)
         else:
-            _run_processes([functools.partial(work, device=devices[i % len(devices)]) for i in range(workers)], after)
+            tasks = [functools.partial(work, device=devices[i % len(devices)]) for i in range(workers)]
+            _run_processes(tasks, after, lost)
     after()
     finished = set(folder.finished(cells))
     return [cell for cell in cells if cell not in finished]
@@ -322,7 +330,9 @@ def _run_pass(left: list[Cell], folder: Folder, *, run_cells: RunCells, device: 
     return None
 
 
-def _run_processes(tasks: Sequence[Callable[[], None]], after: Callable[[], None]) -> None:
+def _run_processes(
+    tasks: Sequence[Callable[[], None]], after: Callable[[], None], lost: Callable[[int], None]
+) -> None:
     """Run each in a process of its own, with its share of the cores; none outlives this process."""
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     processes = [context.Process(target=_in_child, args=(task,)) for task in tasks]
@@ -340,6 +350,7 @@ def _run_processes(tasks: Sequence[Callable[[], None]], after: Callable[[], None
     for number, process in enumerate(processes):
         if process.exitcode:
             logger.error("worker %d ended with exit code %d.", number, process.exitcode)
+            lost(process.exitcode)
 
 
 def _in_child(task: Callable[[], None]) -> None:

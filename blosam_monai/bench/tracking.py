@@ -20,7 +20,7 @@ from blosam_monai.bench.grid import Grid
 from blosam_monai.bench.runner import Cell, Folder
 from blosam_monai.errors import one_line
 from blosam_monai.files import PathLike, atomic
-from blosam_monai.tracking import versions
+from blosam_monai.tracking import PATHS, versions
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ EXPERIMENT = "blosam_bench"
 PARENT_TAG = "mlflow.parentRunId"  # MLflow's own: `mlflow ui` nests by it
 GRID_TAG, CELL_TAG = "blosam.grid", "blosam.cell"
 GRID_ID = "grid_id.txt"  # in output_dir: what finds the grid's run again, in any store
-_PATHS = ("sam_checkpoint", "cache_dir")  # settings that are not logged
+_NO_ANSWER = (MlflowException, OSError)  # of a store: what it refuses, and what the network does
 _NUMBERS = ("seconds", "trained_parameters", "total_parameters")
 
 
@@ -48,7 +48,14 @@ class GridTracker:
         self.folder = Folder(output_dir)
         self._lock = self.folder.lock("mlflow")
         self._lock.acquire()
-        path = Path(output_dir).absolute()
+        try:
+            self._begin(grid, Path(output_dir).absolute(), tracking_uri)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _begin(self, grid: Grid, path: Path, tracking_uri: str | None) -> None:
+        """Find or make the grid's run, and what of it is there."""
         self.client = mlflow.MlflowClient(tracking_uri=tracking_uri or path_to_sqlite_uri(str(path / "mlruns.db")))
         self._experiment = self._find_experiment(None if tracking_uri else path_to_uri(path / "mlruns"))
         self._parent = self._find_parent(grid, path)
@@ -58,29 +65,35 @@ class GridTracker:
 
     @classmethod
     def open(cls, grid: Grid, output_dir: PathLike, *, tracking_uri: str | None = None) -> GridTracker | None:
-        """A tracker, or None where another process logs the grid at this moment."""
+        """A tracker, or None where another process logs the grid at this moment, or the store does not answer."""
         try:
             return cls(grid, output_dir, tracking_uri=tracking_uri)
         except Timeout:
             logger.info("another process logs this grid to MLflow; this one does not.")
-            return None
+        except _NO_ANSWER as error:
+            logger.warning("MLflow: %s; nothing is logged until the command is started again.", one_line(error))
+        return None
 
     def log(self, cells: Sequence[Cell]) -> None:
         """Log those of the cells that are finished and were not logged yet; a store that fails is tried again."""
         for cell in (cell for cell in self.folder.finished(cells) if cell.key not in self._logged):
             try:
                 self._log_cell(cell)
-            except MlflowException as error:  # the grid goes on; what is not logged is at the next call
+            except _NO_ANSWER as error:  # the grid goes on; what is not logged is at the next call
                 logger.warning("MLflow: %s", one_line(error))
                 return
             self._logged.add(cell.key)
 
     def close(self, status: str, files: Sequence[PathLike] = ()) -> None:
-        """Keep files with the grid's run and end it: FINISHED, FAILED or KILLED."""
-        for file in files:
-            self.client.log_artifact(self._parent, str(file))
-        self.client.set_terminated(self._parent, status)
-        self._lock.release()
+        """Keep files with the grid's run and end it: FINISHED, FAILED or KILLED; a store that fails is warned of."""
+        try:
+            for file in files:
+                self.client.log_artifact(self._parent, str(file))
+            self.client.set_terminated(self._parent, status)
+        except _NO_ANSWER as error:
+            logger.warning("MLflow: %s; the next start logs what is missing.", one_line(error))
+        finally:
+            self._lock.release()
 
     def _log_cell(self, cell: Cell) -> None:
         rows, content = self.folder.load(cell)
@@ -143,7 +156,7 @@ def cell_metrics(rows: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -
 def cell_params(cell: Cell, content: Mapping[str, Any]) -> dict[str, Any]:
     """What tells a cell from others: its place in the grid, its settings, its SAM weights."""
     return {
-        **{key: value for key, value in cell.overrides.items() if key not in _PATHS},
+        **{key: value for key, value in cell.overrides.items() if key not in PATHS},
         **{"method": cell.method, "preset": cell.preset, "data": cell.data, "n_shot": cell.n_shot, "draw": cell.draw},
         **{"seed": cell.seed, "fingerprint": cell.fingerprint},
         **{key: content["record"][key] for key in ("oracle", "sam_weights") if key in content["record"]},

@@ -24,18 +24,27 @@ _NEEDED = ("name", "images", "labels")
 _KINDS = {str: "text", dict: "an object", int: "a whole number", list: "a list", bool: "true or false"}
 
 
+_PACKAGE = Path(__file__).resolve().parents[1]
+# Beside the package in a checkout, inside it when installed.
+RECIPES = next(p for p in (_PACKAGE / "data_lists", _PACKAGE.parent / "data_lists") if p.is_dir())
+
+
 def read_recipe(path: PathLike, dataset_dir: PathLike = ".") -> dict[str, Any]:
     """The options of ``blosam datalist`` that a recipe stands for, and its ``description`` and ``license``.
 
     Args:
-        path: the JSON file; its keys are described in ``data_lists/README.md``.
+        path: the JSON file, or the name of one of ours, as ``kvasir_seg``; the keys are described in
+            ``data_lists/README.md``.
         dataset_dir: folder that the recipe's ``images`` and ``labels`` are in; they come back joined to it.
 
     Raises:
         FileNotFoundError, ValueError: no such file, not JSON, a key that is unknown, of another type or missing.
     """
+    if not Path(path).is_file() and Path(path).name in (str(path), f"{path}.json"):
+        path = RECIPES / f"{Path(path).stem}.json"  # one of ours, by its name
     if not Path(path).is_file():
-        raise FileNotFoundError(f"recipe: {path} does not exist; those of the papers are in data_lists/.")
+        ours = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.json")))
+        raise FileNotFoundError(f"recipe: {path} does not exist; give a file, or one of {ours}.")
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -122,7 +122,7 @@ class EpisodeTable:
         """Attach to an ``EpisodicEvaluator``."""
         engine.add_event_handler(Events.STARTED, self.clear)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.score)
-        engine.add_event_handler(Events.COMPLETED, self.write)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.write)  # before a tracker logs the epoch's metrics
 
     def clear(self, engine: Engine) -> None:
         """Forget an earlier run and remove what it wrote."""

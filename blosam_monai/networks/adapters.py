@@ -134,7 +134,15 @@ def export_model_pt(path: PathLike, network: Segmenter) -> None:
 
     The one file in a pickle's wrapping, for tools that read no other: plain tensors under the names of ``network``'s
     own state dict, loading with ``weights_only=True``.
+
+    Raises:
+        ValueError: a few-shot network, whose remembered images have no place in an untrained one.
     """
-    trained = {id(p) for p in (*network.lower_parameters(), *network.upper_parameters())}
+    if isinstance(network, FewShotNet):
+        raise ValueError("model.pt: a few-shot network remembers images and is read by load_network only.")
+    kept = {id(p) for p in (*network.lower_parameters(), *network.upper_parameters())}
+    if network.decoder.shared:  # statistics of a normalisation; a PromptDecoder's buffers are SAM's
+        kept |= {id(b) for b in network.decoder.buffers() if b.is_floating_point()}
+    tensors = (*network.named_parameters(), *network.named_buffers())
     with atomic(path) as part:
-        torch.save({name: p.detach().cpu() for name, p in network.named_parameters() if id(p) in trained}, part)
+        torch.save({name: value.detach().cpu() for name, value in tensors if id(value) in kept}, part)

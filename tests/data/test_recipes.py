@@ -321,3 +321,11 @@ def test_a_recipe_that_does_not_hold_is_refused_in_one_line(content, said, tmp_p
 def test_a_recipe_beside_a_list_is_refused(tmp_path):
     with pytest.raises(ValueError, match="leave it out with --from"):
         draw("teeth", tmp_path, "--from", "list.json")
+
+
+def test_a_recipe_of_ours_is_known_by_its_name():
+    assert read_recipe("kvasir_seg", "data") == read_recipe(RECIPES / "kvasir_seg.json", "data")
+    with pytest.raises(
+        FileNotFoundError, match=r"recipe: .*gone\.json does not exist; give a file, or one of car_parts"
+    ):
+        read_recipe("gone")

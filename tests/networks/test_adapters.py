@@ -298,3 +298,16 @@ def test_a_model_of_an_earlier_version_says_no_network_and_is_read_as_one_withou
     network = build_network({"sam_model": "tiny", "image_size": 64, "tasks": ["lung"], "sam_weights": "random"})
     assert type(network) is PromptSam
     assert network.settings["train_decoder"] == "lora"
+
+
+def test_model_pt_holds_the_statistics_of_a_backbone(tmp_path):
+    """FrozenBatchNorm2d of ResNet-50 keeps four buffers in each of its 53 places; two are not of the parameters."""
+    network = SupervisedNet("deeplabv3", 64, norm="frozen_batch")
+    export_model_pt(tmp_path / "model.pt", network)
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert sum(name.endswith(("running_mean", "running_var")) for name in saved) == 2 * 53
+
+
+def test_a_network_that_remembers_images_has_no_model_pt(tmp_path):
+    with pytest.raises(ValueError, match="a few-shot network remembers images"):
+        export_model_pt(tmp_path / "model.pt", FewShotNet("panet", 64, sam_checkpoint="random"))

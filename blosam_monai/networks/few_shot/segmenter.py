@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -40,7 +41,7 @@ class FewShotNet(Segmenter):
         seed: seeds what of the head starts random.
 
     Raises:
-        ValueError: an unknown head or features, or features that the head does not read.
+        ValueError: an unknown head, option of it or features, or features that the head does not read.
     """
 
     NAME = "few_shot"
@@ -60,6 +61,7 @@ class FewShotNet(Segmenter):
         if head not in HEADS:
             raise ValueError(f"head: {head!r} is not one of {', '.join(HEADS)}.")
         options = dict(head_options or {})
+        _check_options(head, options)
         own = {"head": head, "features": features, "sam_model": sam_model, "head_options": options}
         super().__init__(tasks, image_size, own)
         if features == SAM_FEATURES:
@@ -95,6 +97,13 @@ class FewShotNet(Segmenter):
     def encode(self, image: Tensor) -> Tensor:
         """Image (B, 3, S, S), preprocessed -> features (B, C, h, w), or a row of packed maps (B, L)."""
         return self.features(image)
+
+
+def _check_options(head: str, options: Mapping[str, Any]) -> None:
+    known = list(inspect.signature(HEADS[head]).parameters)[1:]  # the first are the channels
+    for name in options:
+        if name not in known:
+            raise ValueError(f"head_options: {head} has no option {name!r}; choose from {', '.join(known)}.")
 
 
 class RememberingDecoder(SharedDecoder):
