@@ -34,7 +34,8 @@ HELD_OUT = {"testing": "not used in training", "validation": "not trained on, wa
 TRAINED_ON = {"upper": "upper set D2, part of the training", "lower": "lower set D1, part of the training"}
 FEW_SHOT = "Each of them in turn is segmented by comparison with the others, which trains the head that compares"
 HOW_TRAINED = {  # by the levels of the method
-    "bilevel": "D1, the lower set, trains what adapts the network; D2, the upper set, trains the prompt and gates, if any",
+    "bilevel": "D1, the lower set, trains what adapts the network; D2, the upper set, trains the prompt and gates, "
+    "if any",
     "swap": "D1, the lower set, trains the prompt; D2, the upper set, trains what adapts the network",
     "joint": "Joint fine-tuning: all of them train everything",
     "alternate": "Joint fine-tuning, one kind of variable after the other: all of them train everything",

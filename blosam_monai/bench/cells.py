@@ -5,11 +5,16 @@ Draws of a method whose tasks share no trained tensor are tasks of one network: 
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -26,11 +31,13 @@ from blosam_monai.data.datalist import load_datalist
 from blosam_monai.data.embeddings import EncodeImaged, StackedDraws, with_views
 from blosam_monai.data.readers import case_stem
 from blosam_monai.data.tasks import task_values
+from blosam_monai.files import content_sha256
 from blosam_monai.handlers import slice_suffix
 from blosam_monai.inferers import SliceStreamInferer
 from blosam_monai.methods import BUNDLE, compose_config, read_method
 from blosam_monai.metrics import case_scores
 from blosam_monai.networks.prompt_sam import PromptSam
+from blosam_monai.networks.sam import DOWNLOAD, RANDOM, find_checkpoint
 from blosam_monai.networks.segmenter import Segmenter
 from blosam_monai.transforms import decide_plane
 
@@ -70,14 +77,57 @@ def stacks(cell: Cell) -> bool:
 
 
 def check(cell: Cell) -> None:
-    """Refuse what the settings of a cell contradict, before anything is trained.
+    """Refuse what the settings of a cell contradict or lack, before anything is trained.
+
+    Its network is built without values, and its SAM's file is looked for.
 
     Raises:
-        ValueError: an unknown method or key, a key that the method does not use, or keys that exclude each other.
+        ValueError: an unknown method or key, a key that the method does not use, keys that exclude each other, or what
+            the network refuses.
+        FileNotFoundError: no checkpoint where one is needed.
     """
     config = compose_config(cell.preset, cell.overrides)
     if config["selection"] == "validation":
         raise ValueError("selection: the lists of a grid have no validation section; use last or upper.")
+    _build_without_values(cell.preset, json.dumps(cell.overrides, sort_keys=True))
+    network = config["network_def"]
+    if "sam_checkpoint" in network:
+        _check_checkpoint(config["sam_model"], config["sam_checkpoint"], config.get("features", "sam"))
+
+
+@cache
+def _build_without_values(preset: str, overrides: str) -> None:
+    """Let a network refuse its settings, given as JSON; no file of weights is read."""
+    config = compose_config(preset, json.loads(overrides))
+    parser = ConfigParser(config)
+    parser.update({"task_names": config["tasks"] or ["task"], "seed": 0, "sam_checkpoint": RANDOM, "weights": None})
+    # MONAI's SwinUNETR reads numbers out of tensors while it is built.
+    device = "cpu" if config.get("architecture") == "swinunetr2d" else "meta"
+    with torch.device(device), _without_warnings("blosam_monai.networks"):
+        parser.get_parsed_content("network_def")
+
+
+def _check_checkpoint(model: str, checkpoint: str | None, features: str) -> None:
+    """Raise where a file of frozen weights is not there; one that is to be fetched is fetched when it is needed."""
+    if checkpoint == RANDOM or (features != "sam" and checkpoint is None):
+        return
+    if features == "sam" and checkpoint in (None, DOWNLOAD):
+        if checkpoint is None:
+            find_checkpoint(model, fetch=False)
+    elif not Path(str(checkpoint)).is_file():
+        raise FileNotFoundError(f"sam_checkpoint: {checkpoint} does not exist; give a file of weights.")
+
+
+@contextmanager
+def _without_warnings(name: str) -> Iterator[None]:
+    """Within it, the loggers below a name tell errors only."""
+    named = logging.getLogger(name)
+    level = named.level
+    named.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        named.setLevel(level)
 
 
 def run_cells(cells: Sequence[Cell], *, device: str) -> Iterator[CellResult]:
@@ -143,6 +193,7 @@ class _Run:
         """Train, test, and give the result of each draw."""
         seconds = self._train()
         rows = self._test([draw.datalist["testing"] for draw in self.draws])
+        hash_of = cache(content_sha256)
         trained, total = self.network.count_parameters()
         for number, draw in enumerate(self.draws):
             record = {
@@ -152,6 +203,7 @@ class _Run:
                 "total_parameters": total - trained + trained // len(self.draws),
                 "sam_weights": self.network.sam_weights,
                 "oracle": bool(read_method(draw.cell.preset).get("oracle")),
+                "tested_sha256": _tested_sha256(draw.datalist["testing"], hash_of),
                 "effective_ranks": self._ranks(number),
                 "curve": self.curves[number],
                 "device": self.device,
@@ -296,6 +348,12 @@ class _Encoded(nn.Module):
         """As the network's."""
         found = torch.stack([self.encode({"image": one.cpu()})["embedding"] for one in image]).to(image.device)
         return self.network.decode(found if prompts is None else (found, prompts))
+
+
+def _tested_sha256(items: Iterable[Mapping[str, Any]], hash_of: Callable[[str], str]) -> str:
+    """SHA-256 over the images and labels of the items, in their order: whether two cells were tested on the same."""
+    hashes = [hash_of(item[key]) for item in items for key in ("image", "label")]
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 def _is_cached(part: Any) -> bool:

@@ -6,7 +6,9 @@ import argparse
 import contextlib
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +16,24 @@ from filelock import Timeout
 from tqdm import tqdm
 
 from blosam_monai.bench.grid import LISTS, Grid, draw_lists, grid_cells, load_grid
-from blosam_monai.bench.runner import CELLS, FAILED, LOCKS, Cell, Folder, RunCells, run_grid
+from blosam_monai.bench.runner import CELLS, FAILED, LOCKS, Cell, Folder, RunCells, check_workers, run_grid
 from blosam_monai.bench.statistics import few_draws_warning
 from blosam_monai.bench.tracking import GridTracker
 from blosam_monai.errors import tell
-from blosam_monai.files import PathLike, check_output_dir
+from blosam_monai.files import PathLike, atomic, check_output_dir
 from blosam_monai.methods import list_methods, read_method
 
 logger = logging.getLogger(__name__)
 
 CASES = "cases.csv"
 FIGURES = "figures"
-# What a bench writes into its folder, all of which --overwrite removes.
+# What a bench writes into its folder, all of which --overwrite removes; of its folders, those that are empty then.
+_FOLDERS = (CELLS, FAILED, LISTS, LOCKS, FIGURES)
+_PLACE = "*_*_*shot_draw*"
 _WRITTEN = (
-    *(CELLS, FAILED, LISTS, LOCKS, FIGURES, "mlruns", "mlruns.db", "grid_id.txt"),
+    *(f"{CELLS}/{_PLACE}", f"{CELLS}/.*.part", f"{FAILED}/{_PLACE}.txt", f"{LISTS}/*_*shot_draw*.json"),
+    *(f"{LOCKS}/*.lock", f"{FIGURES}/shots.png", f"{FIGURES}/methods_*shot.png", f"{FIGURES}/cost_*shot.png"),
+    *(f"{FIGURES}/curves_*_*shot.png", "mlruns", "mlruns.db", "grid_id.txt"),
     *(CASES, "table.md", "table.tex", "table.csv", "papers.md"),
 )
 
@@ -95,34 +101,39 @@ def bench(
     Raises:
         FileNotFoundError, ValueError: see ``run``.
     """
-    check_output_dir(output_dir)
+    if overwrite and tables_only:
+        raise ValueError("overwrite, tables_only: what is removed can not be summarised; give one of them.")
+    folder, workers = Folder(output_dir), len(devices) if workers is None else workers
+    check_workers(workers, devices)
+    _check_folder(folder)
     grid = load_grid(grid_file, dataset_dirs=dataset_dirs)
     if overwrite:
-        _remove_earlier(Folder(output_dir))
-    cells = grid_cells(grid, draw_lists(grid, output_dir))
-    for cell in {cell.group: cell for cell in cells}.values():
-        _check_cell(cell, check)
-    _tell_before(grid, cells, Folder(output_dir))
-    table = Path(output_dir, "table.md")
-    if tables_only:
-        summarise(grid, cells, output_dir)
-        return f"{len(Folder(output_dir).finished(cells))} of {len(cells)} cells; tables: {table}"
-    tracker = GridTracker.open(grid, output_dir, tracking_uri=tracking_uri) if use_mlflow else None
-    with _Watch(cells, output_dir, tracker) as watch:
-        watch.missing = run_grid(
-            cells,
-            output_dir,
-            run_cells=run_cells,
-            stacks=stacks,
-            devices=devices,
-            workers=len(devices) if workers is None else workers,
-            after=watch.look,
-        )
-        watch.files = summarise(grid, cells, output_dir)
+        _begin_anew(grid, folder, check)
+    with _at_work(folder):
+        cells = grid_cells(grid, draw_lists(grid, output_dir))
+        _check_cells(cells, check)
+        _tell_before(grid, cells, folder)
+        table = Path(output_dir, "table.md")
+        if tables_only:
+            summarise(grid, cells, output_dir)
+            return f"{len(folder.finished(cells))} of {len(cells)} cells; tables: {table}"
+        tracker = GridTracker.open(grid, output_dir, tracking_uri=tracking_uri) if use_mlflow else None
+        with _Watch(cells, output_dir, tracker) as watch:
+            watch.missing = run_grid(
+                cells,
+                output_dir,
+                run_cells=run_cells,
+                stacks=stacks,
+                devices=devices,
+                workers=workers,
+                after=watch.look,
+                lost=watch.lost.append,
+            )
+            watch.files = summarise(grid, cells, output_dir)
     if watch.missing:
         raise ValueError(
-            f"bench: {len(watch.missing)} of {len(cells)} cells are not finished, see {Path(output_dir, FAILED)}; the "
-            "same command tries them again. The tables are of the others."
+            f"bench: {len(watch.missing)} of {len(cells)} cells are not finished{_why(watch)}; the same command tries "
+            "them again. The tables are of the others."
         )
     return f"{len(cells)} cells; tables: {table}"
 
@@ -144,8 +155,9 @@ def summarise(grid: Grid, cells: Sequence[Cell], output_dir: PathLike) -> list[P
     rows, records = read_results(cells, output_dir)
     if rows:
         write_rows(Path(output_dir, CASES), rows)
-    table = summarise_grid(rows, records, grid.reference, planned=planned)
-    files = [*write_tables(output_dir, table), *write_beside_papers(output_dir, table)]
+    table = summarise_grid(rows, records, grid.reference, planned=planned, score=grid.score)
+    beside = table if grid.score == "dice" else []  # the papers' tables are of Dice
+    files = [*write_tables(output_dir, table), *write_beside_papers(output_dir, beside)]
     for name, why_not in draw_figures(table, rows, records, Path(output_dir, FIGURES)).items():
         if why_not is None:
             files.append(Path(output_dir, FIGURES, name))
@@ -180,7 +192,23 @@ def read_results(cells: Sequence[Cell], output_dir: PathLike) -> tuple[list[dict
         records.append(content["record"] | place)
     if len(versions) > 1:
         logger.warning("cells were made by the versions %s of this package.", ", ".join(sorted(versions)))
+    _warn_of_changed_tests(records)
     return rows, records
+
+
+def _warn_of_changed_tests(records: Sequence[Mapping[str, Any]]) -> None:
+    """Say where methods were tested on other files by the same names: their scores are not of the same images."""
+    tested: dict[tuple[Any, ...], set[str]] = {}
+    for record in records:
+        if "tested_sha256" in record:  # not noted by earlier versions
+            place = (record["data"], record["n_shot"], record["draw"])
+            tested.setdefault(place, set()).add(record["tested_sha256"])
+    for place in (place for place, found in tested.items() if len(found) > 1):
+        logger.warning(
+            "data %s, %d shots, draw %d: images or labels were changed between the tests of its methods, which do not "
+            "compare; remove the older of its cells and start again, or give overwrite true.",
+            *place,
+        )
 
 
 def methods_table(stacks: Callable[[Cell], bool]) -> str:
@@ -203,6 +231,7 @@ class _Watch:
         self.bar = tqdm(total=len(cells), initial=len(self.folder.finished(cells)), desc="cells", unit="cell")
         self.missing: Sequence[Cell] = ()
         self.files: Sequence[Path] = ()
+        self.lost: list[int] = []  # exit codes of workers that did not end by themselves
         self._known = set(self.folder.finished(cells))
 
     def look(self) -> None:
@@ -240,11 +269,20 @@ def _number(text: str) -> Any:
         return text
 
 
-def _check_cell(cell: Cell, check: Callable[[Cell], None]) -> None:
-    try:
-        check(cell)
-    except ValueError as error:
-        raise ValueError(f"method {cell.method}, data {cell.data}, {cell.n_shot} shots: {error}") from error
+def _check_folder(folder: Folder) -> None:
+    """Raise where the folder cannot be written to, or holds the results of another verb."""
+    check_output_dir(folder.path)
+    for name in (CASES, "mlruns.db"):
+        if (folder.path / name).exists() and not any((folder.path / own).is_dir() for own in (CELLS, LISTS)):
+            raise ValueError(f"output_dir: {folder.path} holds {name} of another command; choose another folder.")
+
+
+def _check_cells(cells: Sequence[Cell], check: Callable[[Cell], None]) -> None:
+    for cell in {cell.group: cell for cell in cells}.values():
+        try:
+            check(cell)
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(f"method {cell.method}, data {cell.data}, {cell.n_shot} shots: {error}") from error
 
 
 def _tell_before(grid: Grid, cells: Sequence[Cell], folder: Folder) -> None:
@@ -255,19 +293,53 @@ def _tell_before(grid: Grid, cells: Sequence[Cell], folder: Folder) -> None:
         tell(f"{len(outdated)} results of other settings are kept in {folder.path / CELLS} and not shown.")
 
 
-def _remove_earlier(folder: Folder) -> None:
-    """Remove what an earlier bench wrote, unless one is at work."""
+def _why(watch: _Watch) -> str:
+    """Where to read why cells are missing."""
+    noted = watch.folder.failures(watch.missing)
+    reasons = [f"see {watch.folder.path / FAILED}"] if noted else []
+    if watch.lost:
+        codes = ", ".join(map(str, watch.lost))
+        reasons.append(f"a worker ended with exit code {codes}, perhaps for want of memory")
+    return "".join(f", {reason}" for reason in reasons)
+
+
+@contextlib.contextmanager
+def _at_work(folder: Folder) -> Iterator[None]:
+    """Hold a lock of one's own, so that nobody overwrites the folder meanwhile."""
+    name = f"at_work_{uuid.uuid4().hex}"
+    try:
+        with folder.lock(name):
+            yield
+    finally:
+        (folder.path / LOCKS / f"{name}.lock").unlink(missing_ok=True)
+
+
+def _begin_anew(grid: Grid, folder: Folder, check: Callable[[Cell], None]) -> None:
+    """Draw and check a grid elsewhere, and only then put its lists in the place of all that an earlier bench wrote."""
     with contextlib.ExitStack() as held:
         for lock in sorted((folder.path / LOCKS).glob("*.lock")):
             try:
                 held.enter_context(folder.lock(lock.stem))
             except Timeout:
                 raise ValueError(f"overwrite: another bench is at work in {folder.path}; stop it first.") from None
-        for path in (folder.path / name for name in _WRITTEN):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        elsewhere = held.enter_context(tempfile.TemporaryDirectory())
+        lists = draw_lists(grid, elsewhere)
+        _check_cells(grid_cells(grid, lists), check)
+        _remove_earlier(folder.path)
+        for path in lists.values():
+            with atomic(folder.path / LISTS / path.name) as part:
+                shutil.copyfile(path, part)
+
+
+def _remove_earlier(folder: Path) -> None:
+    for path in [path for pattern in _WRITTEN for path in folder.glob(pattern)]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    for path in (folder / name for name in _FOLDERS):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
 
 
 def _named_folders(given: Sequence[str]) -> dict[str, str]:

@@ -150,8 +150,9 @@ def draw_cost(table: Sequence[Mapping[str, Any]], path: PathLike) -> str | None:
             _plot(axes, [row[key]], [row], looks[row["method"]])
         least = min((row[key] for row in run if row[key] > 0), default=1)
         decade = 10 ** math.floor(math.log10(least))
-        if any(row[key] == 0 for row in run):  # below the first decade the axis is linear, so that 0 has a place
-            axes.set_xscale("symlog", linthresh=decade, linscale=0.5)
+        # Below the first decade the axis is linear, so that 0 has a place, as far from it as a decade from the next.
+        if any(row[key] == 0 for row in run):
+            axes.set_xscale("symlog", linthresh=decade, linscale=1)
             axes.set_xlim(left=-0.3 * decade)
         else:
             axes.set_xscale("log")

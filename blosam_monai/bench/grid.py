@@ -21,15 +21,20 @@ from typing import Any
 from tqdm import tqdm
 
 from blosam_monai.bench.runner import FINGERPRINT_DIGITS, Cell, slug
+from blosam_monai.bench.tables import SCORE_NAMES
 from blosam_monai.data.recipes import read_recipe
 from blosam_monai.files import PathLike, atomic, content_sha256
 from blosam_monai.methods import CONFIGS, compose_config, list_methods, read_method
+from blosam_monai.networks.sam import DOWNLOAD, RANDOM, SAM_FILES, TINY_SHA256
 
 logger = logging.getLogger(__name__)
 
 LISTS = "lists"  # folder in output_dir
 DRAWN_WITH = "drawn_with"  # key of a list drawn for a grid: hash of the options
-GRID_KEYS = ("name", "methods", "data", "shots", "draws", "first_seed", "settings", "reference", "test_curve")
+GRID_KEYS = (
+    *("name", "methods", "data", "shots", "draws"),
+    *("first_seed", "settings", "reference", "test_curve", "score"),
+)
 _NEEDED = ("name", "methods", "data", "shots", "draws")
 # Config keys that the grid itself sets, cell by cell, and those of a single training's output.
 _OWN_KEYS = (
@@ -40,7 +45,8 @@ _OWN_KEYS = (
 _NO_DATA_KEYS = ("output", "overwrite", "n_shot", "seed", "check", "help", "recipe", "n_validation")
 _UNDECISIVE = ("cache_dir", "about")  # keys of settings and presets that change no result
 _FILES = ("sam_checkpoint", "weights")  # settings that name a file
-_NO_FILES = (None, "download", "random")  # their values that do not
+_NAMING = "give one with a letter a to z or a digit 0 to 9, which names of files are made of"
+_NO_FILES = (None, DOWNLOAD, RANDOM)  # their values that do not
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,7 @@ class Grid:
     settings: Mapping[str, Any]
     reference: str
     test_curve: int
+    score: str
 
 
 def load_grid(path: PathLike, *, dataset_dirs: Mapping[str, str] | None = None) -> Grid:
@@ -100,7 +107,7 @@ def load_grid(path: PathLike, *, dataset_dirs: Mapping[str, str] | None = None) 
     content = _read_object(path, "grid")
     _check_keys(content, GRID_KEYS, str(path), needed=_NEEDED)
     if not isinstance(content["name"], str) or not slug(content["name"]):
-        raise ValueError(f"{path}: name is {content['name']!r}; give the grid a name.")
+        raise ValueError(f"{path}: name is {content['name']!r}; {_NAMING}.")
     for key, least in (("draws", 1), ("first_seed", 0), ("test_curve", 0)):
         _check_number(content.get(key, least), least, f"{path}: {key}")
     shots = _list(content["shots"], f"{path}: shots")
@@ -119,6 +126,8 @@ def load_grid(path: PathLike, *, dataset_dirs: Mapping[str, str] | None = None) 
         _check_known(name, [entry["name"] for entry in entries], "dataset_dir")
     reference = content.get("reference", methods[0].name)
     _check_known(reference, [method.name for method in methods], f"{path}: reference")
+    score = content.get("score", "dice")
+    _check_known(score, list(SCORE_NAMES), f"{path}: score")
     return Grid(
         name=content["name"],
         methods=methods,
@@ -129,23 +138,26 @@ def load_grid(path: PathLike, *, dataset_dirs: Mapping[str, str] | None = None) 
         settings=settings,
         reference=reference,
         test_curve=content.get("test_curve", 0),
+        score=score,
     )
 
 
 def draw_lists(grid: Grid, output_dir: PathLike) -> dict[tuple[str, int, int], Path]:
     """Draw the data list of each data set, number of shots and draw; (data, n_shot, draw) -> its file.
 
-    A list that was drawn with the same options stays as it is, whatever has come to the folder since.
+    A list that was drawn with the same options stays as it is, whatever has come to the folder since, unless a labelled
+    image of it, or its label, has been changed: then it is drawn anew, and its cells are others.
 
     Raises:
         FileNotFoundError, ValueError: what cannot be drawn, and of which data set.
     """
     wanted = [(data, n_shot, draw) for data in grid.data for n_shot in grid.shots for draw in range(grid.draws)]
     lists = {}
+    hash_of = functools.cache(content_sha256)  # draws share their images; another call looks again
     for data, n_shot, draw in tqdm(wanted, "data lists"):
         path = Path(output_dir, LISTS, f"{slug(data.name)}_{n_shot}shot_draw{draw}.json")
         try:
-            _draw_list(data, path, n_shot=n_shot, seed=grid.first_seed + draw)
+            _draw_list(data, path, n_shot=n_shot, seed=grid.first_seed + draw, hash_of=hash_of)
         except (ValueError, OSError) as error:
             raise ValueError(f"data {data.name}, {n_shot} shots, draw {draw}: {error}") from error
         lists[data.name, n_shot, draw] = path
@@ -211,7 +223,16 @@ def _fingerprint(preset: str, overrides: Mapping[str, Any], drawn: str, seed: in
     settings = {**defaults, **read_method(preset), **overrides}
     decisive = {key: value for key, value in settings.items() if key not in _UNDECISIVE}
     decisive |= {key: _hash_of(decisive[key]) for key in _FILES if decisive.get(key) not in _NO_FILES}
+    if "sam_model" in decisive and decisive.get("features", "sam") == "sam":
+        decisive["sam_checkpoint"] = _published(decisive["sam_model"], decisive.get("sam_checkpoint"))
     return _digest([decisive, drawn, seed, test_curve])[:FINGERPRINT_DIGITS]
+
+
+def _published(model: str, checkpoint: str | None) -> str | None:
+    """The hash of the published weights, where these are asked for without their file: they are the same weights."""
+    if checkpoint not in (None, DOWNLOAD) or model not in (*SAM_FILES, "tiny"):  # an unknown model is refused later
+        return checkpoint
+    return TINY_SHA256 if model == "tiny" else SAM_FILES[model].sha256
 
 
 def _digest(content: Any) -> str:
@@ -249,7 +270,7 @@ def _method(entry: Any, path: Path) -> Method:
     _check_known(preset, list_methods(), f"{path}: methods")
     name = entry.get("name", preset)
     if not isinstance(name, str) or not slug(name):
-        raise ValueError(f"{path}: methods has the name {name!r}; give one with letters or digits.")
+        raise ValueError(f"{path}: methods has the name {name!r}; {_NAMING}.")
     own = {key for key in read_method(preset) if key.isidentifier() and key not in ("about", "preset")}
     given = {key: value for key, value in entry.items() if key not in ("method", "name")}
     return Method(name, preset, _settings(given, f"{path}: method {name}", path.parent, also=own))
@@ -273,8 +294,10 @@ def _settings(given: Any, where: str, folder: Path, *, also: Collection[str] = (
 
 
 def _data_name(entry: Any, path: Path) -> str:
-    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not slug(entry["name"]):
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         raise ValueError(f'{path}: data has {entry!r}; write {{"name": ..., "dataset_dir": ..., ...}}.')
+    if not slug(entry["name"]):
+        raise ValueError(f"{path}: data has the name {entry['name']!r}; {_NAMING}.")
     return str(entry["name"])
 
 
@@ -322,8 +345,8 @@ def _with_recipe(entry: Mapping[str, Any], folder: Path, where: str) -> tuple[di
 _PATHS = ("images", "labels", "from")
 
 
-def _draw_list(data: DataSet, path: Path, *, n_shot: int, seed: int) -> None:
-    """Draw a list as ``blosam datalist`` does, unless it is there, drawn with the same options."""
+def _draw_list(data: DataSet, path: Path, *, n_shot: int, seed: int, hash_of: Callable[[Path], str]) -> None:
+    """Draw a list as ``blosam datalist`` does, unless it is there, drawn with the same options from the same images."""
     from blosam_monai.data.datalist import parse_datalist, write_datalist
     from blosam_monai.data.datalist_command import run
     from blosam_monai.data.tasks import task_values
@@ -332,7 +355,15 @@ def _draw_list(data: DataSet, path: Path, *, n_shot: int, seed: int) -> None:
     options = {**defaults, **data.options, "n_shot": n_shot, "seed": seed}
     relative = {key: _relative(value, data.dataset_dir) for key, value in options.items()}
     drawn_with = _digest(relative)
-    if not path.is_file() or _read_object(path, "list").get(DRAWN_WITH) != drawn_with:
+    there = _read_object(path, "list") if path.is_file() else {}
+    changed = _changed_supports(there, data.dataset_dir, hash_of)
+    if there.get(DRAWN_WITH) == drawn_with and changed:
+        logger.warning(
+            "data %s, %d shots, seed %d: %d files of labelled images have changed since the list was drawn; it is "
+            "drawn anew, and its cells are run again.",
+            *(data.name, n_shot, seed, changed),
+        )
+    if there.get(DRAWN_WITH) != drawn_with or changed:
         with atomic(path) as part:
             output = {"output": str(part), "overwrite": True, "dataset_dir": str(data.dataset_dir)}
             with contextlib.redirect_stdout(io.StringIO()):
@@ -342,6 +373,14 @@ def _draw_list(data: DataSet, path: Path, *, n_shot: int, seed: int) -> None:
     task_values(content["labels"], data.tasks)
     if not content["testing"]:
         raise ValueError("no image is left to test on; ask for fewer shots, or for a larger n_testing.")
+
+
+def _changed_supports(content: Mapping[str, Any], folder: Path, hash_of: Callable[[Path], str]) -> int:
+    """How many files of a list's supports are not what they were when it was drawn; missing ones apart."""
+    items = [*content.get("lower", []), *content.get("upper", [])]
+    known = content.get("sha256", {})
+    files = {item[key] for item in items for key in ("image", "label")}
+    return sum(hash_of(folder / file) != known.get(file) for file in files if (folder / file).exists())
 
 
 def _relative(value: Any, folder: Path) -> Any:

@@ -330,9 +330,7 @@ def _run_pass(left: list[Cell], folder: Folder, *, run_cells: RunCells, device: 
     return None
 
 
-def _run_processes(
-    tasks: Sequence[Callable[[], None]], after: Callable[[], None], lost: Callable[[int], None]
-) -> None:
+def _run_processes(tasks: Sequence[Callable[[], None]], after: Callable[[], None], lost: Callable[[int], None]) -> None:
     """Run each in a process of its own, with its share of the cores; none outlives this process."""
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     processes = [context.Process(target=_in_child, args=(task,)) for task in tasks]

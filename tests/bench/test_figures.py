@@ -1,8 +1,10 @@
 """Pictures of a grid show its numbers, and say why they are not drawn."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from blosam_monai.bench import figures
@@ -110,6 +112,21 @@ def test_a_method_without_training_stands_at_no_cost(drawn, tmp_path):
     for panel, cost in ((seconds, 3.0), (parameters, 65_792)):
         assert [bars[0].get_xdata().tolist() for bars in panel.containers] == [[cost], [cost], [0]]
         assert panel.get_xlim()[0] < 0
+
+
+def test_the_numbers_below_a_cost_axis_keep_apart_however_narrow_it_is(drawn, tmp_path):
+    costs = {"joint": 93_735_472, "blosam": 129, "sam (oracle)": 0}
+    names = {"joint": "a method with a name that is of some length"}
+    rows = [row | {"trained_parameters": costs[row["method"]], "seconds": costs[row["method"]]} for row in OF_FOUR]
+    assert (
+        draw_cost([row | {"method": names.get(row["method"], row["method"])} for row in rows], tmp_path / "x.png")
+        is None
+    )
+    FigureCanvasAgg(drawn[0]).draw()
+    for panel in drawn[0].axes:
+        boxes = [tick.get_window_extent() for tick in panel.get_xticklabels() if tick.get_position()[0] >= 0]
+        assert len(boxes) > 6
+        assert all(box.x1 < right.x0 for box, right in pairwise(boxes))
 
 
 def test_curves_are_the_mean_of_draws(drawn, tmp_path):
