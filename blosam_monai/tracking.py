@@ -32,7 +32,6 @@ from blosam_monai.data.pairing import SECTIONS
 from blosam_monai.engines.bilevel_trainer import UPPER_LOSS, BilevelEvents
 from blosam_monai.files import PathLike, file_sha256
 from blosam_monai.handlers import case_id, first_output, task_means
-from blosam_monai.methods import used_options
 from blosam_monai.metrics import write_rows
 from blosam_monai.networks.segmenter import Segmenter
 
@@ -289,13 +288,13 @@ def describe_run(options: Mapping[str, Any], datalist: Mapping[str, Any], networ
     """What decides the result of a training, to compare and to repeat it by; no path and no name among it.
 
     Args:
-        options: the values of the config's keys; those that the method does not read are left out.
+        options: the values of the config's keys, those that the method reads.
         datalist: see ``load_datalist``; ``draw`` is its seed.
         network: says which SAM weights it has.
     """
     supports = [*datalist["lower"], *datalist["upper"]]
     return {
-        **{name: value for name, value in used_options(options).items() if name not in (*PATHS, *_HOW_TO_RUN)},
+        **{name: value for name, value in options.items() if name not in (*PATHS, *_HOW_TO_RUN)},
         "tasks": network.tasks,
         "sam_weights": network.sam_weights,
         "pretrained": network.pretrained,
@@ -369,7 +368,7 @@ def _copy_config(config: Path, folder: Path, *, log_paths: bool) -> None:
 
 PATHS = (
     *("data_list", "dataset_dir", "output_dir", "ckpt_dir", "sam_checkpoint", "tracking_uri", "bundle_root"),
-    *("cache_dir", "weights"),
+    *("cache_dir", "weights", "checkpoint"),
 )
 _HOW_TO_RUN = (
     *("device", "resume", "overwrite", "use_mlflow", "log_paths", "experiment_name", "run_name"),

@@ -18,24 +18,12 @@ from monai.transforms import Orientation, Spacing, SpatialResample, Transform
 from torch import Tensor
 
 from blosam_monai.data.datalist import load_datalist
-from blosam_monai.files import PathLike, file_sha256
-from blosam_monai.handlers import case_id
+from blosam_monai.files import PathLike
 from blosam_monai.transforms import LoadCased
 
 logger = logging.getLogger(__name__)
 
 AXES = "RAS"
-_PATHS = ("data_list", "dataset_dir", "output_dir", "ckpt_dir", "tracking_uri")
-_HOW_TO_RUN = (
-    "device",
-    "overwrite",
-    "use_mlflow",
-    "log_paths",
-    "experiment_name",
-    "run_name",
-    "overlays",
-    "nsd_tolerance",
-)
 _PLANES = 16  # slices brought back at once: logits of a whole CT at its own grid are gigabytes
 
 
@@ -70,33 +58,6 @@ def load_volumes(
     if slices:
         logger.warning("the list names %d slices; their %d whole volumes are used, labels included", slices, len(seen))
     return content
-
-
-def describe_training(options: Mapping[str, Any], datalist: Mapping[str, Any], network: Any) -> dict[str, Any]:
-    """What decides the result of a training on volumes, to compare and to repeat it by; no path and no name among it.
-
-    The counterpart of ``tracking.describe_run``, which knows the methods and keys of SAM's bundle.
-
-    Args:
-        options: the values of the config's keys.
-        datalist: see ``load_volumes``; ``draw`` is its seed.
-        network: a ``VolumeSegmenter``.
-    """
-    supports = [*datalist["lower"], *datalist["upper"]]
-    return {
-        **{name: value for name, value in options.items() if name not in (*_PATHS, *_HOW_TO_RUN)},
-        "tasks": network.tasks,
-        "sam_weights": network.sam_weights,
-        "pretrained": network.pretrained,
-        "n_shot": len(supports),
-        "draw": datalist.get("seed", options["seed"]),
-        "supports": [case_id(item) for item in supports],
-        "data_list_name": datalist.get("name", ""),
-        "data_list_sha256": file_sha256(options["data_list"]),
-        "labels": datalist["labels"],
-        "label_coding": datalist["label_coding"],
-        "snomed": {task: codes for task, codes in datalist.get("snomed", {}).items() if task in network.tasks},
-    }
 
 
 class LoadVolumed(Transform):

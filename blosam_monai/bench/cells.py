@@ -31,6 +31,7 @@ from blosam_monai.data.datalist import load_datalist
 from blosam_monai.data.embeddings import EncodeImaged, StackedDraws, with_views
 from blosam_monai.data.readers import case_stem
 from blosam_monai.data.tasks import task_values
+from blosam_monai.errors import one_line
 from blosam_monai.files import content_sha256
 from blosam_monai.handlers import slice_suffix
 from blosam_monai.inferers import SliceStreamInferer
@@ -104,7 +105,10 @@ def _build_without_values(preset: str, overrides: str) -> None:
     # MONAI's SwinUNETR reads numbers out of tensors while it is built.
     device = "cpu" if config.get("architecture") == "swinunetr2d" else "meta"
     with torch.device(device), _without_warnings("blosam_monai.networks"):
-        parser.get_parsed_content("network_def")
+        try:
+            parser.get_parsed_content("network_def")
+        except RuntimeError as error:  # of MONAI, around what the network says
+            raise ValueError(one_line(error)) from error
 
 
 def _check_checkpoint(model: str, checkpoint: str | None, features: str) -> None:
@@ -185,7 +189,7 @@ class _Run:
         parser.update({"network_def": self.network, "network": self.network})  # not to be built again
         self.parser = parser
         self.load = parser.get_parsed_content("load")
-        self.encode: EncodeImaged = parser.get_parsed_content("encode")
+        self.encode = EncodeImaged(self.network, self.config["cache_dir"], remember=False)
         self.curves: list[list[dict[str, float]]] = [[] for _ in draws]
         self.seconds_of_curves = 0.0
 

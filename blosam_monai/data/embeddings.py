@@ -37,11 +37,19 @@ class EncodeImaged(MapTransform):
         network: whose frozen encoder is used, on its device.
         cache_dir: folder of the cache on disk; None: ``embeddings`` in the cache of the package; ``none``: no cache.
         keys: the image.
+        remember: keep all embeddings in memory too; a test looks at each image once.
     """
 
-    def __init__(self, network: Segmenter, cache_dir: PathLike | None = None, keys: KeysCollection = "image") -> None:
+    def __init__(
+        self,
+        network: Segmenter,
+        cache_dir: PathLike | None = None,
+        keys: KeysCollection = "image",
+        *,
+        remember: bool = True,
+    ) -> None:
         super().__init__(keys)
-        self.network = network
+        self.network, self.remember = network, remember
         self.encodes = network.encoder_id is not None
         if cache_dir not in (None, NO_CACHE) and not self.encodes:
             raise ValueError(f"cache_dir: {cache_dir}, but this method trains from the image; leave cache_dir out.")
@@ -56,9 +64,9 @@ class EncodeImaged(MapTransform):
             item["embedding"] = image
             return item
         key = self._key(image)
-        if key not in self.embeddings:
-            self.embeddings[key] = self._find(key, image)
-        item["embedding"] = self.embeddings[key]
+        item["embedding"] = self.embeddings[key] if key in self.embeddings else self._find(key, image)
+        if self.remember:
+            self.embeddings[key] = item["embedding"]
         return item
 
     def _find(self, key: str, image: torch.Tensor) -> torch.Tensor:

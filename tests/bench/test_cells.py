@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -163,6 +164,28 @@ def test_draws_stack_where_tasks_share_no_trained_tensor(cells, preset, override
 def test_settings_that_contradict_each_other_are_refused_before_anything_is_trained(cells, preset, overrides, message):
     with pytest.raises(ValueError, match=message):
         check(of(cells[:1], preset, **overrides)[0])
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "message"),
+    [
+        ("blosam", {"image_size": 65}, "image_size: 65 is not a positive multiple of 16"),
+        ("panet", {"head_options": {"projecton": 8}}, "head_options: panet has no option 'projecton'; choose from pro"),
+        ("blosam", {"sam_model": "vit_h"}, "SAM vit_h needs Meta's checkpoint, which is not on this machine"),
+        ("blosam", {"sam_model": "vit_b", "sam_checkpoint": "gone.pth"}, "sam_checkpoint: gone.pth does not exist"),
+    ],
+)
+def test_what_a_network_would_refuse_is_refused_before_anything_is_trained(cells, preset, overrides, message, caplog):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        check(of(cells[:1], preset, **overrides)[0])
+    assert "random weights" not in caplog.text  # of what is never used
+
+
+def test_the_hash_of_what_was_tested_is_that_of_the_images_and_labels(cells, lists):
+    (result,) = run(*of(cells[:1], "sam_oracle_box"))
+    drawn = json.loads(lists[0].read_text(encoding="utf-8"))
+    hashes = [drawn["sha256"][item[key]] for item in drawn["testing"] for key in ("image", "label")]
+    assert result.record["tested_sha256"] == hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 def test_a_cell_that_agrees_passes(cells):

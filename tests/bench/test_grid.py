@@ -11,6 +11,7 @@ import pytest
 from blosam_monai.bench.cells import check
 from blosam_monai.bench.grid import draw_lists, grid_cells, load_grid
 from blosam_monai.data.recipes import read_recipe
+from blosam_monai.networks.sam import TINY_FILE
 from tests.bench.small_grid import LUNGS, write_grid, write_lungs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,6 +97,34 @@ def test_a_default_written_out_and_the_place_of_the_cache_change_no_key(folder, 
     assert [cell.key for cell in cells_of(folder, tmp_path, settings=settings)] == before
 
 
+def test_the_published_weights_are_the_same_however_they_are_asked_for(folder, tmp_path):
+    copied = tmp_path / "copied.safetensors"
+    copied.write_bytes(TINY_FILE.read_bytes())
+    keys = [
+        [cell.key for cell in cells_of(folder, tmp_path, settings={"sam_model": "tiny", **asked})]
+        for asked in ({}, {"sam_checkpoint": "download"}, {"sam_checkpoint": str(copied)})
+    ]
+    assert keys[0] == keys[1] == keys[2]
+    assert keys[0] != [cell.key for cell in cells_of(folder, tmp_path, settings={"sam_checkpoint": "random"})]
+
+
+def test_a_list_whose_labelled_image_has_changed_is_drawn_anew(tmp_path, caplog):
+    write_lungs(tmp_path)
+    before = {cell.place: cell for cell in cells_of(tmp_path, tmp_path / "out")}
+    drawn = json.loads(Path(before["joint_lungs_2shot_draw0"].data_list).read_text(encoding="utf-8"))
+    tested = tmp_path / "lungs" / drawn["testing"][0]["label"]
+    support = tmp_path / "lungs" / drawn["upper"][0]["label"]
+    others = [tmp_path / "lungs" / item["label"] for item in drawn["testing"][1:]]
+    tested.write_bytes(others[0].read_bytes())
+    of_two_shots = [place for place in before if "_2shot_draw0" in place]
+    after = {cell.place: cell.key for cell in cells_of(tmp_path, tmp_path / "out")}
+    assert all(after[place] == before[place].key for place in of_two_shots)
+    support.write_bytes(others[1].read_bytes())
+    after = {cell.place: cell.key for cell in cells_of(tmp_path, tmp_path / "out")}
+    assert all(after[place] != before[place].key for place in of_two_shots)
+    assert "data lungs, 2 shots, seed 0: 1 files of labelled images have changed" in caplog.text
+
+
 def test_the_folder_of_a_data_set_may_move(folder, tmp_path):
     before = [cell.key for cell in cells_of(folder, tmp_path)]
     moved = tmp_path / "moved"
@@ -143,6 +172,13 @@ def test_a_recipe_fills_in_what_the_entry_leaves_out_and_its_licence_is_in_the_l
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"name": "肺"}, "name is '肺'; give one with a letter a to z or a digit 0 to 9"),
+        (
+            {"data": [{**LUNGS, "name": "肺"}]},
+            "data has the name '肺'; give one with a letter a to z or a digit 0 to 9",
+        ),
+        ({"methods": [{"method": "joint", "name": "方法"}]}, "has the name '方法'; give one with a letter a to z"),
+        ({"score": "dic"}, r"score: 'dic' is unknown; did you mean 'dice'\?"),
         ({"draw": 3}, r"key: 'draw' is unknown; did you mean 'draws'\?"),
         ({"shots": None}, "shots is missing; add it"),
         ({"shots": [1]}, "shots is 1; give a whole number, 2 or more"),

@@ -133,6 +133,14 @@ def test_two_workers_on_two_devices_share_the_cells_and_the_cores(tmp_path):
     assert {record["threads"] for record in records} == {wanted}
 
 
+def test_the_exit_code_of_a_worker_that_is_killed_is_told(tmp_path):
+    codes: list[int] = []
+    options = {"devices": ("cpu",), "workers": 2, "run_cells": fake_cells.die}
+    assert run(tmp_path, make_cells(tmp_path, draws=1), **options, lost=codes.append) != []
+    assert codes == [-9, -9]
+    assert not (tmp_path / "failed").exists()
+
+
 def test_a_job_that_another_process_holds_is_waited_for_and_not_run(tmp_path, monkeypatch):
     cells = [cell for cell in make_cells(tmp_path, draws=2, data=("lungs",)) if stacks(cell)]
     folder = Folder(tmp_path)

@@ -10,7 +10,7 @@ from mlflow.exceptions import MlflowException
 
 from blosam_monai.bench.grid import Grid, draw_lists, grid_cells, load_grid
 from blosam_monai.bench.runner import Cell, run_grid
-from blosam_monai.bench.tracking import GridTracker
+from blosam_monai.bench.tracking import GridTracker, cell_params
 from tests.bench.fake_cells import run_cells, stacks
 from tests.bench.small_grid import write_grid, write_lungs
 
@@ -83,6 +83,53 @@ def test_only_one_of_several_processes_logs_a_grid(finished):
     tracker = GridTracker.open(grid, out)
     assert GridTracker.open(grid, out) is None
     tracker.close("FINISHED")
+
+
+def test_no_path_of_a_file_of_weights_is_logged(tmp_path):
+    write_lungs(tmp_path)
+    for name in ("Doe_weights.pth", "Doe_sam.pth"):
+        (tmp_path / name).touch()
+    methods = [
+        {"method": "deeplabv3", "weights": "Doe_weights.pth"},
+        {"method": "joint", "sam_checkpoint": "Doe_sam.pth"},
+    ]
+    grid = load_grid(write_grid(tmp_path, shots=[2], draws=1, methods=methods))
+    cells = grid_cells(grid, draw_lists(grid, tmp_path / "out"))
+    told = [cell_params(cell, {"record": {}, "blosam_monai_version": "1"}) for cell in cells]
+    assert [params["method"] for params in told] == ["deeplabv3", "joint"]
+    assert "Doe" not in str(told)
+
+
+@pytest.mark.parametrize("error", [MlflowException("no answer"), ConnectionError("no answer")])
+def test_a_store_that_does_not_answer_at_the_start_does_not_stop_the_grid(finished, monkeypatch, caplog, error):
+    grid, _, out = finished
+
+    def unreachable(*args, **kwargs):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.MlflowClient, "get_experiment_by_name", unreachable)
+        assert GridTracker.open(grid, out) is None
+    assert "no answer" in caplog.text
+    tracker = GridTracker.open(grid, out)  # its lock was let go
+    assert tracker is not None
+    tracker.close("FINISHED")
+
+
+@pytest.mark.parametrize("error", [MlflowException("no answer"), ConnectionError("no answer")])
+def test_a_store_that_does_not_answer_at_the_end_does_not_stop_the_grid(finished, monkeypatch, caplog, error):
+    grid, _, out = finished
+    tracker = GridTracker.open(grid, out)
+
+    def unreachable(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(tracker.client, "set_terminated", unreachable)
+    tracker.close("FINISHED")
+    assert "no answer" in caplog.text
+    again = GridTracker.open(grid, out)
+    assert again is not None
+    again.close("FINISHED")
 
 
 def test_a_store_that_fails_does_not_stop_the_grid_and_is_tried_again(finished, monkeypatch, caplog):

@@ -218,3 +218,12 @@ def test_draws_are_stacked_as_tasks_in_their_order():
 def test_draws_of_different_length_are_refused():
     with pytest.raises(ValueError, match=r"draws: all must have the same number of images, found \[1, 2\]"):
         StackedDraws([[1], [1, 2]])
+
+
+def test_what_is_not_to_be_remembered_is_on_disk_only(network, tmp_path):
+    encode = EncodeImaged(network, tmp_path, remember=False)
+    image = torch.zeros(3, network.image_size, network.image_size)
+    first, again = (encode({"image": image})["embedding"] for _ in range(2))
+    assert torch.equal(first, again)
+    assert encode.embeddings == {}
+    assert any(path.is_file() for path in tmp_path.rglob("*"))
