@@ -142,7 +142,7 @@ def measure(
     import torch
     from monai.bundle import ConfigParser
 
-    from blosam_monai.__main__ import BUNDLE
+    from blosam_monai.methods import BUNDLE
     from blosam_monai.networks.adapters import load_network
 
     given = Path(folder, f"ct_{slices}" + (".nii.gz" if source == NIFTI else ""))

@@ -16,10 +16,11 @@ import numpy as np
 import pydicom
 import pytest
 
-from blosam_monai.__main__ import _build_parser, main
+from blosam_monai.__main__ import main
 from blosam_monai.data.phantoms import abdominal_ct
 from blosam_monai.data.readers import read_image, read_label
 from blosam_monai.demo import FILES, FOLDERS, SLAB, commands, run_demo, summarise, write_data
+from blosam_monai.parser import build_parser
 
 TASKS = ("liver", "spleen", "kidneys")
 
@@ -43,7 +44,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 def test_every_command_is_one_that_the_parser_takes():
-    parser, _ = _build_parser()
+    parser, _ = build_parser()
     for arguments in commands(Path("demo")):
         assert parser.parse_args(arguments).verb == arguments[0]
 

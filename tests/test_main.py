@@ -15,20 +15,20 @@ import pytest
 import torch
 from PIL import Image
 
-from blosam_monai.__main__ import (
-    BUNDLE,
+from blosam_monai.__main__ import main
+from blosam_monai.data import readers
+from blosam_monai.data.embedding_cache import EmbeddingCache
+from blosam_monai.methods import BUNDLE
+from blosam_monai.networks import sam
+from blosam_monai.networks.sam import TINY_FILE, TINY_SHA256, embeddings_dir
+from blosam_monai.parser import (
     EVALUATE_KEYS,
     KEYS,
     LABEL_CODINGS,
     PREDICT_KEYS,
     PRESET_KEYS,
     TRAIN_KEYS,
-    main,
 )
-from blosam_monai.data import readers
-from blosam_monai.data.embedding_cache import EmbeddingCache
-from blosam_monai.networks import sam
-from blosam_monai.networks.sam import TINY_FILE, TINY_SHA256, embeddings_dir
 
 
 def test_help_answers_in_under_a_second():

@@ -13,7 +13,7 @@ from ignite.engine import Events
 from mlflow import MlflowClient
 from monai.bundle import ConfigWorkflow
 
-from blosam_monai.__main__ import BUNDLE
+from blosam_monai.methods import BUNDLE
 from blosam_monai.networks.sam import TINY_SHA256
 
 

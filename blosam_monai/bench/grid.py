@@ -26,6 +26,7 @@ from blosam_monai.data.recipes import read_recipe
 from blosam_monai.files import PathLike, atomic, content_sha256
 from blosam_monai.methods import CONFIGS, compose_config, list_methods, read_method
 from blosam_monai.networks.sam import DOWNLOAD, RANDOM, SAM_FILES, TINY_SHA256
+from blosam_monai.parser import TRAIN_KEYS, build_parser
 
 logger = logging.getLogger(__name__)
 
@@ -247,8 +248,6 @@ def _hash_of(file: str) -> str:
 @functools.cache
 def _defaults() -> dict[str, Any]:
     """Defaults of the config keys that a grid may set."""
-    from blosam_monai.__main__ import TRAIN_KEYS
-
     content = json.loads((CONFIGS / "train.json").read_text(encoding="utf-8"))
     return {key: content.get(key) for key in TRAIN_KEYS if key not in _OWN_KEYS}
 
@@ -256,9 +255,7 @@ def _defaults() -> dict[str, Any]:
 @functools.cache
 def _options_of(verb: str) -> dict[str, argparse.Action]:
     """The options of a verb of the command line by their names there, without dashes."""
-    from blosam_monai.__main__ import _build_parser
-
-    actions = _build_parser()[1][verb]._actions
+    actions = build_parser()[1][verb]._actions
     return {action.option_strings[-1].lstrip("-"): action for action in actions if action.option_strings}
 
 

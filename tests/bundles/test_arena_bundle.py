@@ -13,7 +13,7 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_net_in_out
 from safetensors.torch import save_file
 
-from blosam_monai.__main__ import BUNDLE as BLOSAM_BUNDLE
+from blosam_monai.methods import BUNDLE as BLOSAM_BUNDLE
 from blosam_monai.networks.volume_segmenter import VolumeSegmenter, check_roi, load_volume_segmenter
 
 BUNDLE = BLOSAM_BUNDLE.parent / "arena"

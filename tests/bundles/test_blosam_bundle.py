@@ -15,7 +15,7 @@ import torch
 from monai.bundle import ConfigWorkflow, load, verify_metadata, verify_net_in_out
 from PIL import Image
 
-from blosam_monai.__main__ import BUNDLE
+from blosam_monai.methods import BUNDLE
 from blosam_monai.networks.adapters import export_model_pt, load_network
 
 CONFIGS = BUNDLE / "configs"

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blosam_monai.__main__ import _build_parser
 from blosam_monai.data.class_lists import fold_classes
 from blosam_monai.data.datalist_command import run
 from blosam_monai.data.recipes import read_recipe
 from blosam_monai.data.supports import survey
 from blosam_monai.data.tasks import task_values
+from blosam_monai.parser import build_parser
 
 RECIPES = Path(__file__).resolve().parents[2] / "data_lists"
 NAMES = sorted(path.stem for path in RECIPES.glob("*.json"))
@@ -26,7 +26,7 @@ NAMES = sorted(path.stem for path in RECIPES.glob("*.json"))
 
 def draw(name, folder, *arguments, n_shot=2):
     """The list that ``blosam datalist --recipe`` draws."""
-    parser = _build_parser()[0]
+    parser = build_parser()[0]
     output = Path(folder, "list.json")
     given = ["datalist", "--dataset_dir", str(folder), "--output", str(output), "--n_shot", str(n_shot), *arguments]
     options = parser.parse_args(given)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from blosam_monai.__main__ import KEYS
+from blosam_monai.parser import KEYS
 
 ROOT = Path(__file__).resolve().parents[2]
 GLOBS = ("*.md", "*/README.md", "docs/**/*.md", "bundles/**/*.md")

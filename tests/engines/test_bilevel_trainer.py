@@ -20,7 +20,7 @@ from monai.handlers import (
 from monai.transforms import AsDiscreted
 from torch.utils.data import DataLoader, DistributedSampler
 
-from blosam_monai.__main__ import BUNDLE, main
+from blosam_monai.__main__ import main
 from blosam_monai.data.embeddings import StackedDraws
 from blosam_monai.engines.bilevel_trainer import (
     BilevelEvents,
@@ -30,6 +30,7 @@ from blosam_monai.engines.bilevel_trainer import (
 )
 from blosam_monai.engines.hypergradient import METHODS
 from blosam_monai.losses import TaskDiceCELoss
+from blosam_monai.methods import BUNDLE
 from blosam_monai.networks.prompt_decoder import PromptDecoder
 
 LR = 5e-3

@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from monai.losses import DiceCELoss
 from safetensors import safe_open
 
-from blosam_monai.__main__ import BUNDLE, main
+from blosam_monai.__main__ import main
 from blosam_monai.data.ensembles import OUTSIDE, Ensemble, draw_ensemble
 from blosam_monai.engines import pretrainer
 from blosam_monai.engines.pretrainer import (
@@ -33,6 +33,7 @@ from blosam_monai.engines.pretrainer import (
     rate,
     to_cells,
 )
+from blosam_monai.methods import BUNDLE
 from blosam_monai.networks.sam import build_sam
 
 SMALL = {"image_size": 64, "steps": 4, "decoder_steps": 2, "ensembles": 2, "subjects": 2, "masks": 2, "warmup": 3}

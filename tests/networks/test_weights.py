@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from setuptools import Distribution
 
-from blosam_monai.__main__ import BUNDLE
 from blosam_monai.engines.pretrainer import Recipe
+from blosam_monai.methods import BUNDLE
 from blosam_monai.networks.sam import TINY_FILE, TINY_SHA256, build_sam
 
 ROOT = Path(__file__).resolve().parents[2]
