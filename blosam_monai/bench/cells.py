@@ -206,6 +206,7 @@ class _Run:
                 "trained_parameters": trained // len(self.draws),
                 "total_parameters": total - trained + trained // len(self.draws),
                 "sam_weights": self.network.sam_weights,
+                "pretrained": self.network.pretrained,
                 "oracle": bool(read_method(draw.cell.preset).get("oracle")),
                 "tested_sha256": _tested_sha256(draw.datalist["testing"], hash_of),
                 "effective_ranks": self._ranks(number),

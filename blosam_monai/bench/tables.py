@@ -277,7 +277,7 @@ def weights_line(weights: Iterable[str]) -> str:
     different = list(dict.fromkeys(weights))
     if not different:
         return "SAM weights: not known."
-    names = {TINY_SHA256: "the tiny SAM of this package"} | published
+    names = {TINY_SHA256: "the tiny SAM of this package", "none": "none (networks without SAM)"} | published
     shown = [names.get(weight, f"{weight[:12]}..." if len(weight) == 64 else weight) for weight in different]
     line = f"SAM weights: {_listed(shown)}."
     if set(different) <= set(published):

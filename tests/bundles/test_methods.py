@@ -23,6 +23,7 @@ SMALL = {  # of the methods that have a size to choose, or start at nothing
     **{name: {"lora_rank": 2} for name in ("arena", "arena_encoder", "blosam_arena")},
     "rpmms": {"max_epochs": 8},  # before that it finds nothing
     "hsnet": {"max_epochs": 25},  # likewise
+    "components_all": {"max_epochs": 25},  # likewise
 }
 
 
