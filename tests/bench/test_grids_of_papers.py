@@ -39,7 +39,7 @@ def test_a_grid_of_a_paper_is_sound_and_named_as_its_file(path, folder):
     grid = load(path, folder)
     assert grid.name == path.stem
     assert grid.reference == ("random weights" if path.stem == "tiny_sam" else "blosam")
-    # Fewer than 10 draws say little, see docs/explanation/statistics.md; one grid shows that every method runs, no more.
+    # Fewer than 10 draws say little (docs/explanation/statistics.md); one grid shows that all methods run, no more.
     assert grid.draws == (1 if path.stem == "every_method" else 10)
 
 
