@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 PathLike = str | os.PathLike[str]
 
@@ -67,3 +70,18 @@ def content_sha256(path: PathLike) -> str:
 def case_hash(path: PathLike) -> str:
     """The first 12 digits of ``content_sha256``: what stands for an image where its name may not."""
     return content_sha256(path)[:12]
+
+
+def write_json(path: PathLike, content: Any) -> None:
+    """Write JSON, whole or not at all; what is not a number becomes null."""
+    with atomic(path) as part:
+        part.write_text(json.dumps(without_nan(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def without_nan(content: Any) -> Any:
+    """The content with None for what is not a number: JSON has no NaN."""
+    if isinstance(content, Mapping):
+        return {key: without_nan(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [without_nan(value) for value in content]
+    return None if isinstance(content, float) and math.isnan(content) else content

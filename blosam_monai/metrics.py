@@ -17,7 +17,6 @@ Not a number, and counted as such, are only volumes of what has none: a picture,
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from monai.metrics.utils import get_mask_edges, get_surface_distance
 from scipy.ndimage import find_objects
 from torch import Tensor
 
-from blosam_monai.files import PathLike, atomic
+from blosam_monai.files import PathLike, atomic, write_json
 
 SCORES = ("dice", "iou", "hd95", "nsd", "volume_error_ml")  # those a summary speaks of
 TABLES = ("cases.csv", "cases.json", "summary.json")
@@ -94,9 +93,9 @@ def write_table(folder: PathLike, rows: Sequence[Mapping[str, Any]], settings: M
     """
     table, entries, summary = (Path(folder) / name for name in TABLES)
     write_rows(table, rows)
-    _write_json(entries, list(rows))
+    write_json(entries, list(rows))
     scores = summarise(rows)
-    _write_json(summary, {"scores": scores, "settings": settings})
+    write_json(summary, {"scores": scores, "settings": settings})
     return scores
 
 
@@ -211,17 +210,3 @@ def _deviation(values: np.ndarray) -> float:
 def _named(**numbers: Sequence[float] | np.ndarray) -> dict[str, float]:
     """Numbers in the order of ``SCORES`` by the name of the score and their own."""
     return {f"{s}_{name}": float(v) for name, values in numbers.items() for s, v in zip(SCORES, values, strict=True)}
-
-
-def _write_json(path: Path, content: Any) -> None:
-    with atomic(path) as part:
-        part.write_text(json.dumps(_nulls(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _nulls(content: Any) -> Any:
-    """The content with None for what is not a number: JSON has no NaN."""
-    if isinstance(content, Mapping):
-        return {key: _nulls(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_nulls(value) for value in content]
-    return None if isinstance(content, float) and math.isnan(content) else content

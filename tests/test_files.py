@@ -1,11 +1,12 @@
 """Atomic writing and hashes."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
 
-from blosam_monai.files import atomic, check_output_dir, content_sha256, file_sha256
+from blosam_monai.files import atomic, check_output_dir, content_sha256, file_sha256, write_json
 
 
 def write_half(path: Path) -> None:
@@ -93,3 +94,8 @@ def test_a_folder_that_cannot_be_written_to_is_refused_and_nothing_is_made(tmp_p
     with pytest.raises(ValueError, match=r"output_dir: .*a/b cannot be written to; choose another"):
         check_output_dir(tmp_path / "a" / "b")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_what_is_not_a_number_is_null_in_json(tmp_path):
+    write_json(tmp_path / "a.json", {"x": [float("nan"), 1.5], "y": {"z": float("nan")}, "n": (2, "nan")})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": [None, 1.5], "y": {"z": None}, "n": [2, "nan"]}

@@ -11,7 +11,6 @@ import csv
 import functools
 import json
 import logging
-import math
 import multiprocessing
 import os
 import re
@@ -31,7 +30,7 @@ from filelock import FileLock, Timeout
 
 from blosam_monai import __version__
 from blosam_monai.errors import one_line, root_cause, tell, without_names
-from blosam_monai.files import PathLike, atomic
+from blosam_monai.files import PathLike, atomic, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -135,8 +134,8 @@ class Folder:
             writer.writerows(rows)
         known = {name: getattr(cell, name) for name in ("method", "preset", "data", "n_shot", "draw", "seed")}
         known |= {"overrides": dict(cell.overrides), "fingerprint": cell.fingerprint}
-        content = {"cell": known, "record": _plain(record), "blosam_monai_version": __version__}
-        (part / "cell.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        content = {"cell": known, "record": record, "blosam_monai_version": __version__}
+        write_json(part / "cell.json", content)
         try:
             os.replace(part, self.of(cell))
         except OSError:
@@ -388,12 +387,3 @@ def _personal(cell: Cell) -> list[str]:
         items = [item for held in content.values() if isinstance(held, list) for item in held if isinstance(item, dict)]
         names += [str(item[key]) for item in items for key in ("image", "label", "subject") if key in item]
     return names
-
-
-def _plain(content: Any) -> Any:
-    """The content with None for what is not a number: JSON has no NaN."""
-    if isinstance(content, Mapping):
-        return {str(key): _plain(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [_plain(value) for value in content]
-    return None if isinstance(content, float) and math.isnan(content) else content

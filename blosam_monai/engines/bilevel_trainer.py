@@ -7,8 +7,7 @@ from itertools import count, islice
 from typing import Any
 
 import torch
-from ignite.engine import EventEnum, Events
-from monai.engines import Trainer
+from ignite.engine import EventEnum
 from monai.engines.utils import IterationEvents, default_metric_cmp_fn
 from monai.inferers import Inferer, SimpleInferer
 from monai.utils.enums import CommonKeys
@@ -18,6 +17,7 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
 from blosam_monai.engines.hypergradient import METHODS, LowerStep, adamw_jacobian, task_norm
+from blosam_monai.engines.resumable_trainer import ResumableTrainer
 
 UPPER_LOSS = "upper_loss"
 LEVELS = ("bilevel", "joint", "alternate", "swap")
@@ -66,7 +66,7 @@ def split_variables(network: Any, levels: str) -> tuple[list[nn.Parameter], list
     return (upper, lower) if levels == "swap" else (lower, upper)
 
 
-class BilevelTrainer(Trainer):
+class BilevelTrainer(ResumableTrainer):
     """Bi-level optimisation of a network: theta on the lower set D1, phi on the upper set D2.
 
     One iteration takes one AdamW step of theta on the lower loss at fixed phi, then one step of phi along the
@@ -168,12 +168,8 @@ class BilevelTrainer(Trainer):
         )
 
     def run(self) -> None:
-        """Train to the last epoch; after a state was loaded, from where it ended. What is finished stays as it is."""
+        """Train to the last epoch, see ``ResumableTrainer``."""
         self._upper_stream = None
-        if self.state.epoch >= self.state.max_epochs:  # ignite would start again from the first epoch
-            self.fire_event(Events.STARTED)
-            self.fire_event(Events.COMPLETED)
-            return
         super().run()
 
     def _iteration(self, engine: Any, batchdata: dict[str, Tensor]) -> dict[str, Any]:

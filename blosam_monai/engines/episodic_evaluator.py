@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,11 +17,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from blosam_monai.data.readers import case_stem
-from blosam_monai.engines.episodic_trainer import at_places
-from blosam_monai.files import PathLike, atomic
+from blosam_monai.files import PathLike, write_json
 from blosam_monai.handlers import case_id
 from blosam_monai.iou import IoUAccumulator
 from blosam_monai.metrics import TABLES, case_scores, write_table
+from blosam_monai.networks.few_shot.segmenter import at_places
 from blosam_monai.transforms import restore_logits
 
 logger = logging.getLogger(__name__)
@@ -163,14 +162,13 @@ class EpisodeTable:
         self.iou.write(self.output_dir / COUNTS)
         summary, classes = self.iou.summary(), self.iou.class_iou()[self.fold]
         text = {
-            **_nulls(summary),
+            **summary,
             "episodes": len(self.rows),
             "fold": self.fold,
-            "classes": _nulls(classes),
-            "maps": {name: _nulls(counted.summary()) for name, counted in self.maps.items()},
+            "classes": classes,
+            "maps": {name: counted.summary() for name, counted in self.maps.items()},
         }
-        with atomic(self.output_dir / IOU) as part:
-            part.write_text(json.dumps(text, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(self.output_dir / IOU, text)
         if seen := set(classes) & set(self.settings.get("training", {}).get("base", ())):
             logger.warning("%d of the classes were trained on: the scores say nothing of novel ones", len(seen))
         engine.state.metrics |= {name: summary[name] for name in ("mean_iou", "binary_iou")}
@@ -189,8 +187,3 @@ class EpisodeTable:
         if key not in self._ids:
             self._ids[key] = case_id(item)
         return self._ids[key]
-
-
-def _nulls(numbers: Mapping[str, float]) -> dict[str, float | None]:
-    """JSON has no NaN."""
-    return {name: None if value != value else value for name, value in numbers.items()}

@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from ignite.engine import Events
-from monai.engines import Trainer
 from monai.engines.utils import IterationEvents, default_metric_cmp_fn
 from monai.inferers import Inferer, SimpleInferer
 from monai.utils.enums import CommonKeys
@@ -16,7 +14,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from blosam_monai.engines.bilevel_trainer import BilevelEvents
-from blosam_monai.networks.few_shot.segmenter import NOTHING_SHOWN
+from blosam_monai.engines.resumable_trainer import ResumableTrainer
+from blosam_monai.networks.few_shot.segmenter import NOTHING_SHOWN, at_places
 
 
 class EpisodeBatch(NamedTuple):
@@ -64,11 +63,6 @@ def make_episodes(support: Tensor, mask: Tensor, query: Tensor, label: Tensor) -
     return EpisodeBatch(support[every], at_places(masks, query), query[every], label.float().flatten(0, 1))
 
 
-def at_places(mask: Tensor, query: Tensor) -> Tensor:
-    """Masks (E, K, G, G) averaged over the places of features (B, C, h, w): (E, K, h, w); for (B, L) as they are."""
-    return F.adaptive_avg_pool2d(mask, (query.shape[-2], query.shape[-1])) if query.ndim == 4 else mask
-
-
 def trainable_parameters(head: nn.Module) -> list[nn.Parameter]:
     """What of a head is trained.
 
@@ -84,7 +78,7 @@ def trainable_parameters(head: nn.Module) -> list[nn.Parameter]:
     return found
 
 
-class EpisodicTrainer(Trainer):
+class EpisodicTrainer(ResumableTrainer):
     """Training of a few-shot head: one optimizer step on the mean loss of the episodes of a batch.
 
     Every class of a query is an episode of its own; those whose supports or query do not show the class have no part in
@@ -143,14 +137,6 @@ class EpisodicTrainer(Trainer):
             event_names=[BilevelEvents],
             decollate=decollate,
         )
-
-    def run(self) -> None:
-        """Train to the last epoch; after a state was loaded, from where it ended. What is finished stays as it is."""
-        if self.state.epoch >= self.state.max_epochs:  # ignite would start again from the first epoch
-            self.fire_event(Events.STARTED)
-            self.fire_event(Events.COMPLETED)
-            return
-        super().run()
 
     def _iteration(self, engine: Any, batchdata: dict[str, Tensor]) -> dict[str, Any]:
         """One step on the episodes of a batch; fires MONAI's events."""

@@ -99,6 +99,11 @@ class FewShotNet(Segmenter):
         return self.features(image)
 
 
+def at_places(mask: Tensor, query: Tensor) -> Tensor:
+    """Masks (E, K, G, G) averaged over the places of features (B, C, h, w): (E, K, h, w); for (B, L) as they are."""
+    return F.adaptive_avg_pool2d(mask, (query.shape[-2], query.shape[-1])) if query.ndim == 4 else mask
+
+
 def _check_options(head: str, options: Mapping[str, Any]) -> None:
     known = list(inspect.signature(HEADS[head]).parameters)[1:]  # the first are the channels
     for name in options:
@@ -149,8 +154,7 @@ class RememberingDecoder(SharedDecoder):
         masks = mask.transpose(0, 1)  # (T, K, G, G)
         logits = query.new_full((self.tasks, self.grid_size, self.grid_size), NOTHING_SHOWN)
         shown = masks.flatten(1).any(1)
-        if query.ndim == 3:
-            masks = F.adaptive_avg_pool2d(masks, (query.shape[-2], query.shape[-1]))  # (T, K, h, w)
+        masks = at_places(masks, query[None])  # (T, K, h, w)
         if shown.any():
             episodes = int(shown.sum())
             supports = support.expand(episodes, *support.shape)
